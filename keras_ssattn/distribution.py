@@ -1,0 +1,54 @@
+"""Layouts for model parallelism with `keras.distribution`."""
+
+from typing import Any
+
+import keras
+
+
+def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
+    """The `LayoutMap` that shards this package's layers over the axis `model_axis` of a mesh.
+
+    Attention is split by head (projections, and the normalizer's s and b), the feed-forward
+    network by its inner size, so that each block needs two sums over devices. All else is
+    replicated. `num_heads`, `num_kv_heads` and the inner size must be multiples of the number
+    of devices on that axis.
+
+    Args:
+        device_mesh: a `keras.distribution.DeviceMesh`.
+        model_axis: name of the mesh axis to shard over.
+
+    Returns:
+        A `keras.distribution.LayoutMap`, for `keras.distribution.ModelParallel`. Add entries
+        for layers of your own; keys are regular expressions on variable paths.
+
+    Raises:
+        ValueError: if the mesh has no axis of that name.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn.distribution import layout_map
+    >>> devices = keras.distribution.list_devices()
+    >>> mesh = keras.distribution.DeviceMesh(
+    ...     (1, len(devices)), ("batch", "model"), devices
+    ... )
+    >>> parallel = keras.distribution.ModelParallel(
+    ...     layout_map=layout_map(mesh), batch_dim_name="batch"
+    ... )
+    >>> # keras.distribution.set_distribution(parallel)
+    """
+    if model_axis not in device_mesh.axis_names:
+        raise ValueError(
+            f"`model_axis` must be an axis of the mesh, {device_mesh.axis_names}. Received: "
+            f"model_axis={model_axis!r}"
+        )
+    layouts = keras.distribution.LayoutMap(device_mesh)
+    attention = ".*attention/"
+    layouts[attention + "(query|key|value)/kernel"] = (None, model_axis, None)  # [E, H, D]
+    layouts[attention + "(query|key|value)/bias"] = (model_axis, None)  # [H, D]
+    layouts[attention + "attention_output/kernel"] = (model_axis, None, None)  # [H, D, E]
+    layouts[attention + "normalizer/.*(s|b)$"] = (model_axis,)  # [H]
+    layouts[".*feed_forward/(gate|up)/kernel"] = (None, model_axis)  # [E, F]
+    layouts[".*feed_forward/(gate|up)/bias"] = (model_axis,)  # [F]
+    layouts[".*feed_forward/down/kernel"] = (model_axis, None)  # [F, E]
+    return layouts

@@ -1,0 +1,22 @@
+"""Keras layers: weights and configuration around the functions of `keras_ssattn.ops`."""
+
+from keras_ssattn.layers.attention import MultiHeadAttention
+from keras_ssattn.layers.feed_forward import FeedForward
+from keras_ssattn.layers.length_scale import LengthScale, LogLengthScale
+from keras_ssattn.layers.normalizers import RectifiedSoftpick, Softmax, Softpick, SSMax
+from keras_ssattn.layers.pooling import LastTimestep, MeanPool
+from keras_ssattn.layers.transformer import TransformerBlock
+
+__all__ = [
+    "FeedForward",
+    "LastTimestep",
+    "LengthScale",
+    "LogLengthScale",
+    "MeanPool",
+    "MultiHeadAttention",
+    "RectifiedSoftpick",
+    "SSMax",
+    "Softmax",
+    "Softpick",
+    "TransformerBlock",
+]

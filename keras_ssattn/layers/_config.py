@@ -1,0 +1,45 @@
+"""Checks of constructor arguments, and the configuration that layers share."""
+
+import numbers
+from typing import Any
+
+import keras
+
+
+def check_positive(name: str, value: Any, optional: bool = False) -> None:
+    """Raises unless `value` is a positive integer (or `None`, if `optional`)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        expected = "a positive integer or None" if optional else "a positive integer"
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+
+
+def serialize_policy(layer: Any) -> dict[str, Any]:
+    """The `dtype` entry of a layer's config, where quantization has changed its projections.
+
+    A layer with projections of its own dtype policies, as `model.quantize("int8")` makes
+    them, is restored only from a map of policies by path.
+    """
+    if not layer.built:
+        return {}
+    quantized = [p for p in layer.projections() if p.quantization_mode is not None]
+    if not quantized:
+        return {}
+    default = layer.dtype_policy
+    if isinstance(default, keras.dtype_policies.DTypePolicyMap):
+        default = default.default_policy
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=default)
+    for projection in quantized:
+        policies[projection.path] = projection.dtype_policy
+    return {"dtype": keras.dtype_policies.serialize(policies)}

@@ -1,0 +1,322 @@
+"""Multi-head attention with a choice of normalizer."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.layers import normalizers
+from keras_ssattn.layers._config import check_positive, check_rate, serialize_policy
+from keras_ssattn.ops import attention, attention_weights, dense, key_count
+from keras_ssattn.ops._arguments import check_mask
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class MultiHeadAttention(keras.layers.Layer):
+    """Multi-head attention whose normalizer is SSMax, softpick, rectified softpick or softmax.
+
+    The call is that of `keras.layers.MultiHeadAttention`, and so are the projections `query`,
+    `key`, `value` and `attention_output` and their weights: with `normalizer="softmax"` the
+    layer loads that layer's weights and gives its outputs. It differs in three points: a query
+    that sees no key gets zeros (before the output projection), whatever the backend; an
+    explicit `query_mask` is honored; the normalizer computes in float32 under mixed precision.
+
+    Args:
+        num_heads: H, number of query heads.
+        key_dim: size of each query and key head.
+        value_dim: size of each value head. Defaults to `key_dim`.
+        num_kv_heads: number of key and value heads, a divisor of `num_heads`; each serves
+            `num_heads / num_kv_heads` query heads. Defaults to `num_heads`.
+        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"softmax"`, a layer such
+            as `SSMax(use_bias=True)`, or its config. A layer is a specification: its options
+            are copied, its weights are not shared. SSMax has one s per query head.
+        dropout: rate of dropout on the attention weights.
+        use_bias: whether the projections have biases.
+        output_shape: an integer or tuple, the output's shape beyond batch and time. Defaults
+            to the query's last dimension.
+        sliding_window: a query sees keys less than `sliding_window` positions away, on either
+            side unless `use_causal_mask`. `None` for all.
+        qk_norm: whether to apply RMS normalization to each query and key head, before the
+            length scale (after it, it would undo it).
+        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
+        kernel_constraint, bias_constraint: of the projections.
+        seed: integer, of the dropout.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        query: `[B, T, E]`.
+        value: `[B, S, Ev]`.
+        key: `[B, S, Ek]`. Defaults to `value`.
+        query_mask: boolean `[B, T]`; rows where it is False get zero weights. Defaults to the
+            mask attached to `query`; so do `value_mask` and `key_mask`.
+        value_mask, key_mask: boolean `[B, S]`, False at padded keys.
+        attention_mask: boolean `[B, T, S]`, `[B, 1 or H, T, S]` or `[T, S]`, True = attend.
+        return_attention_scores: whether to return the weights as well.
+        training: whether dropout applies.
+        use_causal_mask: whether a query sees no later position.
+
+    All masks are combined by "and". n, the count that SSMax scales by, is the number of keys
+    that each query then sees.
+
+    Returns:
+        `[B, T, E]` or `[B, T, *output_shape]`; with `return_attention_scores=True` a pair of it
+        and the weights, `[B, H, T, S]`, after dropout is decided but before it applies. The
+        mask attached to the query is attached to the output.
+
+    Raises:
+        ValueError: for sizes, rates, windows and shapes that do not fit.
+        TypeError: for a float mask.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers import MultiHeadAttention
+    >>> layer = MultiHeadAttention(num_heads=4, key_dim=16, normalizer="ssmax")
+    >>> x = np.random.normal(size=(2, 10, 64)).astype("float32")
+    >>> layer(x, x, use_causal_mask=True).shape
+    (2, 10, 64)
+
+    References: arXiv 1706.03762 (attention), arXiv 2501.19399 (SSMax), arXiv 2504.20966
+    (rectified softpick), arXiv 2305.13245 (grouped queries).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        normalizer: Any = "ssmax",
+        *,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: Any = None,
+        sliding_window: int | None = None,
+        qk_norm: bool = False,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_positive("num_heads", num_heads)
+        check_positive("key_dim", key_dim)
+        check_positive("value_dim", value_dim, optional=True)
+        check_positive("num_kv_heads", num_kv_heads, optional=True)
+        check_positive("sliding_window", sliding_window, optional=True)
+        check_rate("dropout", dropout)
+        if num_kv_heads is not None and num_heads % num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`. Received: "
+                f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+            )
+        normalizer = normalizers.get(normalizer)
+        if normalizer.axis != -1:
+            raise ValueError(
+                "`normalizer` must have axis=-1 in an attention layer. Received: "
+                f"a {type(normalizer).__name__} with axis={normalizer.axis}"
+            )
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = key_dim if value_dim is None else value_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.normalizer = normalizer.copy_for(num_heads, name="normalizer", dtype=self.dtype_policy)
+        self.dropout = dropout
+        self.use_bias = use_bias
+        self._output_shape = _output_shape(output_shape)
+        self.sliding_window = sliding_window
+        self.qk_norm = qk_norm
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.seed = seed
+
+    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+        key_shape = value_shape if key_shape is None else key_shape
+        shapes = {"query": query_shape, "key": key_shape, "value": value_shape}
+        for name, shape in shapes.items():
+            if len(shape) != 3:
+                raise ValueError(
+                    f"`{name}` must have shape [batch, time, features]. Received: {name} with "
+                    f"shape {tuple(shape)}"
+                )
+        # Names and attributes are those of Keras's layer, so that its files of weights load.
+        into_heads = "abc,cde->abde"
+        self.query_dense = self._projection("query", into_heads, (self.num_heads, self.key_dim))
+        self.key_dense = self._projection("key", into_heads, (self.num_kv_heads, self.key_dim))
+        self.value_dense = self._projection(
+            "value", into_heads, (self.num_kv_heads, self.value_dim)
+        )
+        features = self._output_shape or (query_shape[-1],)
+        axes = "efgh"[: len(features)]
+        self.output_dense = self._projection(
+            "attention_output", f"abcd,cd{axes}->ab{axes}", features
+        )
+        self.query_dense.build(query_shape)
+        self.key_dense.build(key_shape)
+        self.value_dense.build(value_shape)
+        self.output_dense.build((*query_shape[:-1], self.num_heads, self.value_dim))
+        self.normalizer.build()
+        self.normalizer.built = True
+        self.attention_dropout = keras.layers.Dropout(
+            self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
+        )
+        if self.qk_norm:
+            self.query_norm, self.key_norm = (
+                keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
+                for name in ("query_norm", "key_norm")
+            )
+            self.query_norm.build((*query_shape[:-1], self.num_heads, self.key_dim))
+            self.key_norm.build((*key_shape[:-1], self.num_kv_heads, self.key_dim))
+
+    def _projection(self, name: str, equation: str, output_shape: tuple) -> Any:
+        def fresh(initializer: Any) -> Any:  # one instance gives every kernel the same values
+            return type(initializer).from_config(initializer.get_config())
+
+        projection = keras.layers.EinsumDense(
+            equation,
+            output_shape=(None, *output_shape),
+            bias_axes=equation.split("->")[1][2:] if self.use_bias else None,
+            kernel_initializer=fresh(self.kernel_initializer),
+            bias_initializer=fresh(self.bias_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        projection.supports_masking = True
+        return projection
+
+    def projections(self) -> list[Any]:
+        """The four `EinsumDense` layers, on which `quantize` and `enable_lora` work."""
+        return [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        query_mask = check_mask("query_mask", query_mask, rank=2)
+        visibility = dict(
+            mask=_attention_mask(attention_mask),
+            key_mask=_both(value_mask, key_mask),
+            causal=use_causal_mask,
+            window=self.sliding_window,
+        )
+        key = self.key_dense(value if key is None else key)  # [B, S, K, D]
+        query, value = self.query_dense(query), self.value_dense(value)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        options = {"normalizer": self.normalizer.kernel, **self.normalizer.kernel_options()}
+        if self.normalizer.uses_count:
+            n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
+            options["length_scale"] = self.normalizer.length_scale(n)
+        weights = None
+        if return_attention_scores or self.dropout > 0:
+            weights = attention_weights(query, key, **visibility, **options)
+            weights = ops.cast(weights, self.compute_dtype)
+            if query_mask is not None:
+                weights = ops.where(ops.expand_dims(query_mask, (1, 3)), weights, 0.0)
+            output = dense.combine(self.attention_dropout(weights, training=training), value)
+        else:
+            output = attention(query, key, value, **visibility, **options)
+            if query_mask is not None:
+                seen = ops.expand_dims(query_mask, (2, 3))  # [B, T, 1, 1]
+                output = ops.where(seen, output, ops.zeros_like(output))
+        output = self.output_dense(output)
+        return (output, weights) if return_attention_scores else output
+
+    def compute_output_shape(
+        self, query_shape: Any, value_shape: Any, key_shape: Any = None
+    ) -> tuple:
+        return (*query_shape[:2], *(self._output_shape or (query_shape[-1],)))
+
+    def compute_output_spec(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        check_mask("query_mask", query_mask, rank=2)
+        _attention_mask(attention_mask)
+        _both(value_mask, key_mask)
+        shape = self.compute_output_shape(query.shape, value.shape)
+        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        shape = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "num_kv_heads": self.num_kv_heads,
+            "normalizer": keras.saving.serialize_keras_object(self.normalizer),
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "sliding_window": self.sliding_window,
+            "qk_norm": self.qk_norm,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
+        }
+        return {**super().get_config(), **serialize_policy(self), **config}
+
+
+def _output_shape(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shape = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for size in shape:
+        check_positive("output_shape", size)
+    if not 1 <= len(shape) <= 4:
+        raise ValueError(f"`output_shape` must have 1 to 4 sizes. Received: output_shape={value}")
+    return shape
+
+
+def _attention_mask(mask: Any) -> Any:
+    """`[T, S]` or `[B, H, T, S]` as they are, `[B, T, S]` as `[B, 1, T, S]`."""
+    mask = check_mask("attention_mask", mask, rank=(2, 3, 4))
+    if mask is not None and len(mask.shape) == 3:
+        return ops.expand_dims(mask, 1)
+    return mask
+
+
+def _both(value_mask: Any, key_mask: Any) -> Any:
+    value_mask = check_mask("value_mask", value_mask, rank=2)
+    key_mask = check_mask("key_mask", key_mask, rank=2)
+    if value_mask is None or key_mask is None or key_mask is value_mask:
+        return value_mask if key_mask is None else key_mask
+    return ops.logical_and(value_mask, key_mask)

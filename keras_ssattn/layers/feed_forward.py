@@ -1,0 +1,97 @@
+"""The feed-forward half of a transformer block."""
+
+from typing import Any
+
+import keras
+
+from keras_ssattn.layers._config import check_positive, serialize_policy
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class FeedForward(keras.layers.Layer):
+    """Two dense layers, `down(activation(up(x)))`, or gated, `down(activation(gate(x)) up(x))`.
+
+    Args:
+        inner_size: size between the two layers.
+        gated: whether to multiply by an activated gate (SwiGLU with the default activation).
+        activation: defaults to exact GELU, or to SiLU if gated.
+        use_bias: whether the dense layers have biases.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `[..., E]`.
+
+    Returns:
+        `[..., E]`.
+
+    Raises:
+        ValueError: for an `inner_size` that is not a positive integer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers import FeedForward
+    >>> FeedForward(64, gated=True)(np.ones((2, 5, 16), "float32")).shape
+    (2, 5, 16)
+
+    References: arXiv 1706.03762; gated forms: arXiv 2002.05202.
+    """
+
+    def __init__(
+        self,
+        inner_size: int,
+        gated: bool = False,
+        activation: Any = None,
+        use_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_positive("inner_size", inner_size)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.inner_size = inner_size
+        self.gated = gated
+        if activation is None:
+            activation = "silu" if gated else "gelu"
+        self.activation = keras.activations.get(activation)
+        self.use_bias = use_bias
+
+    def build(self, input_shape: Any) -> None:
+        def dense(name: str, size: int, shape: Any, activation: Any = None) -> Any:
+            layer = keras.layers.Dense(
+                size,
+                activation=activation,
+                use_bias=self.use_bias,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+            layer.build(shape)
+            return layer
+
+        inner_shape = (*input_shape[:-1], self.inner_size)
+        if self.gated:
+            self.gate = dense("gate", self.inner_size, input_shape, self.activation)
+        activation = None if self.gated else self.activation
+        self.up = dense("up", self.inner_size, input_shape, activation)
+        self.down = dense("down", input_shape[-1], inner_shape)
+
+    def projections(self) -> list[Any]:
+        """The `Dense` layers, on which `quantize` and `enable_lora` work."""
+        return [*([self.gate] if self.gated else []), self.up, self.down]
+
+    def call(self, inputs: Any) -> Any:
+        x = self.up(inputs)
+        if self.gated:
+            x = x * self.gate(inputs)
+        return self.down(x)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "inner_size": self.inner_size,
+            "gated": self.gated,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+        }
+        return {**super().get_config(), **serialize_policy(self), **config}

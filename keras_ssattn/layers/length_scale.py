@@ -1,0 +1,164 @@
+"""Layers that own the parameters of a length scale."""
+
+import math
+import numbers
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.ops import log_length_scale
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class LengthScale(keras.layers.Layer):
+    """No length scale: the logits are left as they are, whatever the number of keys.
+
+    The base class of length scales. A subclass sets `uses_count = True` and returns from
+    `call(n)` the factor that multiplies the logits of a query that sees n keys.
+
+    Args:
+        num_heads: number of attention heads, for one set of parameters per head; `None` for
+            one set in all. Attention layers set it themselves.
+    """
+
+    uses_count = False
+
+    def __init__(self, num_heads: int | None = None, **kwargs: Any) -> None:
+        if num_heads is not None and (
+            isinstance(num_heads, bool)
+            or not isinstance(num_heads, numbers.Integral)
+            or num_heads < 1
+        ):
+            raise ValueError(
+                f"`num_heads` must be a positive integer or None. Received: num_heads={num_heads!r}"
+            )
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+
+    def call(self, n: Any) -> Any:
+        return ops.ones_like(n, dtype="float32")
+
+    def compute_output_spec(self, n: Any) -> Any:
+        shape = tuple(n.shape)
+        if self.num_heads is not None:
+            shape = (*shape[:-2], self.num_heads, shape[-1])
+        return keras.KerasTensor(shape, dtype="float32")
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "num_heads": self.num_heads}
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class LogLengthScale(LengthScale):
+    r"""SSMax's length scale :math:`s \log n + b` with learned s and b.
+
+    Give it to any normalizer: `Softpick(length_scale=LogLengthScale(init_s=0.3))`. `SSMax` is
+    softmax with this scale. s and b are kept and used in float32 under a mixed dtype policy.
+
+    Args:
+        init_s: initial s, a finite number. `"auto"` is the value at which the scale averages 1
+            over n = 1 ... `train_length`: :math:`1 / \mathrm{mean}_n \log n`, so that
+            training starts at ordinary softmax on average. Defaults to 1.
+        use_bias: whether to learn b, which starts at 0.
+        train_length: the training length for `init_s="auto"`, 2 or more.
+        num_heads: `None` for scalar s and b; an integer for one of each per head, n then
+            having shape `[..., H or 1, T]`.
+        **kwargs: of `keras.layers.Layer`. `trainable=False` fixes s and b.
+
+    Call arguments:
+        n: int32 tensor, the number of keys that each query sees.
+
+    Raises:
+        ValueError: for an `init_s` that is not a finite number or `"auto"`, or a
+            `train_length` missing or below 2 with `"auto"`, or given without it.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers import LogLengthScale
+    >>> scale = LogLengthScale(init_s="auto", train_length=1024)
+    >>> _ = scale(np.array([1024]))
+    >>> round(float(scale.s), 3)
+    0.168
+
+    Reference: arXiv 2501.19399.
+    """
+
+    uses_count = True
+
+    def __init__(
+        self,
+        init_s: float | str = 1.0,
+        use_bias: bool = False,
+        train_length: int | None = None,
+        num_heads: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_init_s(init_s, train_length)
+        super().__init__(num_heads=num_heads, **kwargs)
+        self.init_s = init_s
+        self.use_bias = use_bias
+        self.train_length = train_length
+        self.s: Any = None
+        self.b: Any = None
+
+    def build(self, input_shape: Any = None) -> None:
+        init_s = self.init_s
+        if init_s == "auto":
+            # mean of log n over n = 1 ... L is log(L!) / L
+            init_s = self.train_length / math.lgamma(self.train_length + 1)
+        self.s = self._add_parameter("s", init_s)
+        if self.use_bias:
+            self.b = self._add_parameter("b", 0.0)
+
+    def _add_parameter(self, name: str, value: float) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=() if self.num_heads is None else (self.num_heads,),
+            initializer=keras.initializers.Constant(value),
+            trainable=self.trainable,
+            autocast=False,
+        )
+
+    def call(self, n: Any) -> Any:
+        s = ops.convert_to_tensor(self.s)
+        b = ops.convert_to_tensor(self.b) if self.use_bias else 0.0
+        if self.num_heads is not None:
+            s = ops.expand_dims(s, -1)  # [H, 1]
+            b = ops.expand_dims(b, -1) if self.use_bias else b
+        return log_length_scale(n, s, b)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "init_s": self.init_s,
+            "use_bias": self.use_bias,
+            "train_length": self.train_length,
+        }
+
+
+def _check_init_s(init_s: Any, train_length: Any) -> None:
+    if init_s == "auto":
+        if (
+            isinstance(train_length, bool)
+            or not isinstance(train_length, numbers.Integral)
+            or train_length < 2
+        ):
+            raise ValueError(
+                '`train_length` must be an integer of 2 or more with `init_s="auto"`. Received: '
+                f"train_length={train_length!r}"
+            )
+    elif (
+        isinstance(init_s, bool)
+        or not isinstance(init_s, numbers.Real)
+        or not math.isfinite(init_s)
+    ):
+        raise ValueError(
+            f'`init_s` must be a finite number or "auto". Received: init_s={init_s!r}'
+        )
+    elif train_length is not None:
+        raise ValueError(
+            '`train_length` goes with `init_s="auto"`. Received: '
+            f"train_length={train_length!r} with init_s={init_s!r}"
+        )

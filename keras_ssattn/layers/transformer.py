@@ -1,0 +1,264 @@
+"""A transformer block around attention with a choice of normalizer."""
+
+from typing import Any
+
+import keras
+
+from keras_ssattn.layers import normalizers
+from keras_ssattn.layers._config import (
+    check_choice,
+    check_positive,
+    check_rate,
+    serialize_policy,
+)
+from keras_ssattn.layers.attention import MultiHeadAttention
+from keras_ssattn.layers.feed_forward import FeedForward
+
+NORM_EPSILON = 1e-5  # Edifice's
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class TransformerBlock(keras.layers.Layer):
+    """Attention and feed-forward, each with normalization, dropout and a residual.
+
+    With `norm_position="pre"`, each part is `x + dropout(part(norm(x)))`; with `"post"`,
+    `norm(x + dropout(part(x)))`. The parts are self-attention, cross-attention (if any) and
+    the feed-forward network. Dropout is on the output of each part and nowhere else.
+
+    Args:
+        num_heads: number of query heads.
+        key_dim: size of each head. Defaults to the inputs' size divided by `num_heads`.
+        num_kv_heads: number of key and value heads. Defaults to `num_heads`.
+        normalizer: as in `MultiHeadAttention`.
+        causal: whether self-attention sees no later position.
+        cross_attention: whether the block also attends to a `context`.
+        sliding_window: of self-attention, as in `MultiHeadAttention`.
+        qk_norm: as in `MultiHeadAttention`.
+        ffn_type: `"standard"` or `"gated"`.
+        ffn_expansion: size of the feed-forward network's inner layer as a multiple of the
+            inputs'. Defaults to 4; gated, to 8/3 rounded up to a multiple of 8.
+        activation: of the feed-forward network. Defaults to GELU; gated, to SiLU.
+        norm: `"layer_norm"` or `"rms_norm"`.
+        norm_position: `"pre"` or `"post"`.
+        dropout: rate of dropout on the output of each part.
+        use_bias: whether attention's and the feed-forward network's layers have biases.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `[B, T, E]`.
+        context: `[B, S, Ec]`, with `cross_attention=True`.
+        mask: boolean `[B, T]`, False at padding. Defaults to the mask attached to `inputs`.
+        inputs_mask: the same; Keras fills one or the other.
+        context_mask: boolean `[B, S]`. Defaults to the mask attached to `context`.
+        attention_mask: of self-attention, as in `MultiHeadAttention`.
+        training: whether dropout applies.
+
+    Returns:
+        `[B, T, E]`, with the mask of `inputs`.
+
+    Raises:
+        ValueError: for sizes that do not fit, unknown choices, a `context` without
+            `cross_attention=True`, or the reverse.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers import TransformerBlock
+    >>> block = TransformerBlock(num_heads=4, causal=True, norm="rms_norm", ffn_type="gated")
+    >>> block(np.ones((2, 10, 64), "float32")).shape
+    (2, 10, 64)
+
+    Reference: block structure of Edifice's `Blocks.TransformerBlock`; arXiv 2002.04745 on
+    the position of the normalization.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        normalizer: Any = "ssmax",
+        *,
+        causal: bool = False,
+        cross_attention: bool = False,
+        sliding_window: int | None = None,
+        qk_norm: bool = False,
+        ffn_type: str = "standard",
+        ffn_expansion: float | None = None,
+        activation: Any = None,
+        norm: str = "layer_norm",
+        norm_position: str = "pre",
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_positive("num_heads", num_heads)
+        check_positive("key_dim", key_dim, optional=True)
+        check_choice("ffn_type", ffn_type, ("standard", "gated"))
+        check_choice("norm", norm, ("layer_norm", "rms_norm"))
+        check_choice("norm_position", norm_position, ("pre", "post"))
+        check_rate("dropout", dropout)
+        if ffn_expansion is not None and not ffn_expansion > 0:
+            raise ValueError(
+                "`ffn_expansion` must be a positive number or None. Received: "
+                f"ffn_expansion={ffn_expansion!r}"
+            )
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.num_kv_heads = num_kv_heads
+        self._normalizer = keras.saving.serialize_keras_object(normalizers.get(normalizer))
+        self.causal = causal
+        self.cross_attention = cross_attention
+        self.sliding_window = sliding_window
+        self.qk_norm = qk_norm
+        self.ffn_type = ffn_type
+        self.ffn_expansion = ffn_expansion
+        self.activation = activation
+        self.norm = norm
+        self.norm_position = norm_position
+        self.dropout = dropout
+        self.use_bias = use_bias
+
+    def build(self, inputs_shape: Any, context_shape: Any = None) -> None:
+        size = inputs_shape[-1]
+        if self.key_dim is None and size % self.num_heads:
+            raise ValueError(
+                "`num_heads` must divide the last dimension of the inputs, or `key_dim` be "
+                f"given. Received: num_heads={self.num_heads}, inputs with shape "
+                f"{tuple(inputs_shape)}"
+            )
+        if self.cross_attention != (context_shape is not None):
+            raise ValueError(
+                "`context` goes with `cross_attention=True`. Received: "
+                f"cross_attention={self.cross_attention}, context with shape {context_shape}"
+            )
+        self.attention = self._attention("attention", size, self.sliding_window)
+        self.attention.build(inputs_shape, inputs_shape)
+        self.attention_norm = self._norm("attention_norm", inputs_shape)
+        self.attention_dropout = self._dropout("attention_dropout")
+        if self.cross_attention:
+            self.context_attention = self._attention("context_attention", size)
+            self.context_attention.build(inputs_shape, context_shape)
+            self.context_attention_norm = self._norm("context_attention_norm", inputs_shape)
+            self.context_attention_dropout = self._dropout("context_attention_dropout")
+        self.feed_forward = FeedForward(
+            self._inner_size(size),
+            gated=self.ffn_type == "gated",
+            activation=self.activation,
+            use_bias=self.use_bias,
+            dtype=self.dtype_policy,
+            name="feed_forward",
+        )
+        self.feed_forward.build(inputs_shape)
+        self.feed_forward_norm = self._norm("feed_forward_norm", inputs_shape)
+        self.feed_forward_dropout = self._dropout("feed_forward_dropout")
+
+    def _attention(self, name: str, size: int, sliding_window: int | None = None) -> Any:
+        return MultiHeadAttention(
+            self.num_heads,
+            self.key_dim or size // self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            normalizer=self._normalizer,
+            use_bias=self.use_bias,
+            sliding_window=sliding_window,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _norm(self, name: str, shape: Any) -> Any:
+        norms = {
+            "layer_norm": keras.layers.LayerNormalization,
+            "rms_norm": keras.layers.RMSNormalization,
+        }
+        norm = norms[self.norm](epsilon=NORM_EPSILON, dtype=self.dtype_policy, name=name)
+        norm.supports_masking = True
+        norm.build(shape)
+        return norm
+
+    def _dropout(self, name: str) -> Any:
+        return keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name=name)
+
+    def _inner_size(self, size: int) -> int:
+        if self.ffn_expansion is None and self.ffn_type == "gated":
+            return -(-round(size * 8 / 3) // 8) * 8
+        return round(size * (4 if self.ffn_expansion is None else self.ffn_expansion))
+
+    def projections(self) -> list[Any]:
+        """The dense layers inside, on which `quantize` and `enable_lora` work."""
+        parts = [self.attention, self.feed_forward]
+        if self.cross_attention:
+            parts.insert(1, self.context_attention)
+        return [projection for part in parts for projection in part.projections()]
+
+    def call(
+        self,
+        inputs: Any,
+        context: Any = None,
+        mask: Any = None,
+        inputs_mask: Any = None,
+        context_mask: Any = None,
+        attention_mask: Any = None,
+        training: bool | None = None,
+    ) -> Any:
+        mask = inputs_mask if mask is None else mask
+        x = self._residual(
+            inputs,
+            self.attention_norm,
+            self.attention_dropout,
+            lambda x: self.attention(
+                x,
+                x,
+                query_mask=mask,
+                value_mask=mask,
+                attention_mask=attention_mask,
+                use_causal_mask=self.causal,
+                training=training,
+            ),
+            training,
+        )
+        if self.cross_attention:
+            x = self._residual(
+                x,
+                self.context_attention_norm,
+                self.context_attention_dropout,
+                lambda x: self.context_attention(
+                    x, context, query_mask=mask, value_mask=context_mask, training=training
+                ),
+                training,
+            )
+        return self._residual(
+            x, self.feed_forward_norm, self.feed_forward_dropout, self.feed_forward, training
+        )
+
+    def _residual(self, x: Any, norm: Any, dropout: Any, part: Any, training: Any) -> Any:
+        if self.norm_position == "pre":
+            return x + dropout(part(norm(x)), training=training)
+        return norm(x + dropout(part(x), training=training))
+
+    def compute_output_shape(self, inputs_shape: Any, context_shape: Any = None) -> Any:
+        return inputs_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "num_kv_heads": self.num_kv_heads,
+            "normalizer": self._normalizer,
+            "causal": self.causal,
+            "cross_attention": self.cross_attention,
+            "sliding_window": self.sliding_window,
+            "qk_norm": self.qk_norm,
+            "ffn_type": self.ffn_type,
+            "ffn_expansion": self.ffn_expansion,
+            "activation": keras.activations.serialize(keras.activations.get(self.activation))
+            if self.activation is not None
+            else None,
+            "norm": self.norm,
+            "norm_position": self.norm_position,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+        }
+        return {**super().get_config(), **serialize_policy(self), **config}

@@ -1,0 +1,149 @@
+"""A causal transformer over windows of features, as Edifice's `build` makes it."""
+
+import inspect
+from typing import Any
+
+import keras
+
+from keras_ssattn.layers import (
+    LastTimestep,
+    MeanPool,
+    MultiHeadAttention,
+    TransformerBlock,
+    normalizers,
+)
+from keras_ssattn.layers._config import check_choice, check_positive, check_rate
+from keras_ssattn.layers.transformer import NORM_EPSILON
+
+OUTPUT_MODES = ("last_timestep", "all", "mean_pool")
+
+
+def build(
+    embed_dim: int,
+    hidden_size: int = 256,
+    num_heads: int = 4,
+    num_layers: int = 6,
+    dropout: float = 0.1,
+    window_size: int | None = 60,
+    normalizer: Any = "ssmax",
+    output_mode: str = "last_timestep",
+    *,
+    final_norm: bool = True,
+    name: str | None = None,
+) -> keras.Model:
+    """Builds a causal transformer over windows of features.
+
+    Input `[B, window_size, embed_dim]`; a dense `input_projection` where `embed_dim` differs
+    from `hidden_size`; `num_layers` pre-norm blocks of causal attention and a feed-forward
+    network of four times the size, dropout after each and between the blocks; a final layer
+    normalization; the output. It is a functional `keras.Model`: train it, or use it as a
+    layer in a model of your own. There are no positional encodings, as in Edifice.
+
+    Args:
+        embed_dim: number of features at each step of the input.
+        hidden_size: size of the model. Must be a multiple of `num_heads`.
+        num_heads: number of attention heads.
+        num_layers: number of blocks.
+        dropout: rate of dropout.
+        window_size: number of steps, T; `None` for any.
+        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"softmax"`, or a layer
+            such as `SSMax(init_s="auto", train_length=60)`.
+        output_mode: `"last_timestep"` (under a mask, the last step that it leaves), `"all"`
+            or `"mean_pool"`.
+        final_norm: whether to apply the final layer normalization.
+        name: of the model. Defaults to the normalizer's name with `_transformer`.
+
+    Returns:
+        A `keras.Model` from `[B, T, embed_dim]` to `[B, hidden_size]`, or for
+        `output_mode="all"` to `[B, T, hidden_size]`. A mask on its input is honored.
+
+    Raises:
+        ValueError: for sizes, rates and choices that do not fit.
+        TypeError: for an unknown option.
+
+    Example:
+
+    >>> import keras_ssattn
+    >>> model = keras_ssattn.build(embed_dim=256, num_layers=2)
+    >>> model.output_shape
+    (None, 256)
+
+    Reference: Edifice v0.2.0, `Blocks.SSMax.build`, `Blocks.Softpick.build`.
+    """
+    check_positive("embed_dim", embed_dim)
+    check_positive("hidden_size", hidden_size)
+    check_positive("num_heads", num_heads)
+    check_positive("num_layers", num_layers)
+    check_positive("window_size", window_size, optional=True)
+    check_rate("dropout", dropout)
+    check_choice("output_mode", output_mode, OUTPUT_MODES)
+    _check_heads(hidden_size, num_heads)
+    normalizer = normalizers.get(normalizer)
+    prefix = normalizers.name_of(normalizer)
+    inputs = keras.Input((window_size, embed_dim), name="state_sequence")
+    x = inputs
+    if embed_dim != hidden_size:
+        x = keras.layers.Dense(hidden_size, name="input_projection")(x)
+    for i in range(1, num_layers + 1):
+        block = TransformerBlock(
+            num_heads,
+            normalizer=normalizer,
+            causal=True,
+            dropout=dropout,
+            name=f"{prefix}_block_{i}",
+        )
+        x = block(x)
+        if dropout > 0 and i < num_layers:
+            x = keras.layers.Dropout(dropout, name=f"inter_block_dropout_{i}")(x)
+    if final_norm:
+        x = keras.layers.LayerNormalization(epsilon=NORM_EPSILON, name="final_norm")(x)
+    if output_mode == "last_timestep":
+        x = LastTimestep(name="last_timestep")(x)
+    elif output_mode == "mean_pool":
+        x = MeanPool(name="mean_pool")(x)
+    return keras.Model(inputs, x, name=name or f"{prefix}_transformer")
+
+
+def build_attention(
+    inputs: Any, normalizer: Any, hidden_size: int, num_heads: int, name: str
+) -> Any:
+    """Applies new causal self-attention of size `hidden_size` to `[B, T, E]`."""
+    check_positive("hidden_size", hidden_size)
+    check_positive("num_heads", num_heads)
+    _check_heads(hidden_size, num_heads)
+    attention = MultiHeadAttention(
+        num_heads,
+        hidden_size // num_heads,
+        normalizer=normalizer,
+        output_shape=hidden_size,
+        name=name,
+    )
+    return attention(inputs, inputs, use_causal_mask=True)
+
+
+def output_size(hidden_size: int = 256, **options: Any) -> int:
+    """The size of the last dimension of the output of `build` with the same options.
+
+    Raises:
+        TypeError: for an option that `build` does not have.
+        ValueError: for a `hidden_size` that is not a positive integer.
+
+    Example:
+
+    >>> import keras_ssattn
+    >>> keras_ssattn.output_size(hidden_size=128, num_layers=2)
+    128
+    """
+    unknown = sorted(set(options) - set(inspect.signature(build).parameters))
+    if unknown:
+        raise TypeError(f"output_size() got an unexpected keyword argument {unknown[0]!r}")
+    check_positive("hidden_size", hidden_size)
+    return hidden_size
+
+
+def _check_heads(hidden_size: int, num_heads: int) -> None:
+    if hidden_size % num_heads:
+        raise ValueError(
+            "`hidden_size` must be a multiple of `num_heads`. Received: "
+            f"hidden_size={hidden_size}, num_heads={num_heads}"
+        )

@@ -1,0 +1,224 @@
+"""Attention with any normalizer, any visibility and any length scale."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.ops import dense
+from keras_ssattn.ops._arguments import (
+    check_broadcastable,
+    check_floating,
+    check_rank,
+    dtype_of,
+    to_tensor,
+    widen,
+)
+from keras_ssattn.ops.length_scale import log_length_scale
+from keras_ssattn.ops.visibility import key_count, visible_keys
+
+NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
+IMPLEMENTATIONS = ("auto", "dense", "fused")
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    normalizer: str = "softmax",
+    scale: float | None = None,
+    mask: Any = None,
+    key_mask: Any = None,
+    causal: bool = False,
+    window: int | None = None,
+    query_offset: Any = 0,
+    *,
+    length_scale: Any = None,
+    epsilon: float = 1e-6,
+    implementation: str = "auto",
+) -> Any:
+    r"""Scaled dot-product attention, :math:`o_i = \sum_j w_{ij} v_j`.
+
+    The weights are `normalizer(x)` of the logits
+    :math:`x_{ij} = a_i \, (q_i \cdot k_j) \cdot scale` over the keys that query i sees. The
+    length scale a multiplies the query, so it costs nothing and cannot meet a mask.
+
+    Args:
+        query: floating-point `[B, T, H, D]`.
+        key: `[B, S, K, D]`. K divides H; `H / K` query heads in a row share a key head.
+        value: `[B, S, K, Dv]`.
+        normalizer: `"softmax"`, `"ssmax"`, `"softpick"` or `"rectified_softpick"`. `"ssmax"` is
+            softmax whose length scale is, unless given, `log n` (`s = 1`).
+        scale: number that multiplies the logits. Defaults to `1 / sqrt(D)`.
+        mask: boolean `[T, S]`, or broadcastable to `[B, H, T, S]`; True = attend.
+        key_mask: boolean `[B, S]`, False at padded keys.
+        causal: whether a query sees no later position.
+        window: a query sees keys less than `window` positions away. `None` for all.
+        query_offset: position of the first query, an integer or an integer tensor `[B]`.
+        length_scale: the factor a, a number or a tensor broadcastable to `[B, H, T]`, such as
+            `log_length_scale(key_count(...), s)`. Defaults to 1.
+        epsilon: of `rectified_softpick`; the others do not use it.
+        implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
+            `"fused"` calls `keras.ops.dot_product_attention`, for softmax and ssmax on PyTorch,
+            where that is a fused kernel that does not hold the weights; elsewhere it raises.
+            `"auto"` takes `"fused"` where it is available, else `"dense"`.
+
+    Returns:
+        `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
+
+    Raises:
+        TypeError: for inputs that are not floating-point, or a float mask.
+        ValueError: for any other argument that does not fit.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> q = keras.random.normal((2, 7, 4, 16))
+    >>> kv = keras.random.normal((2, 7, 1, 16))  # four query heads share one of keys
+    >>> ops.attention(q, kv, kv, normalizer="ssmax", causal=True).shape
+    (2, 7, 4, 16)
+
+    References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
+    """
+    query, key, value = _check_tensors(query, key, value)
+    visibility = dict(
+        mask=mask, key_mask=key_mask, causal=causal, window=window, query_offset=query_offset
+    )
+    kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
+    if implementation == "auto":
+        implementation = "fused" if _can_fuse(kernel) else "dense"
+    if implementation == "fused":
+        if not _can_fuse(kernel):
+            raise ValueError(
+                'implementation="fused" serves softmax and ssmax on the torch backend. Received: '
+                f"normalizer={normalizer!r} on the {keras.backend.backend()} backend"
+            )
+        return _fused(query, key, value, factor, visibility)
+    if implementation != "dense":
+        raise ValueError(
+            f"`implementation` must be one of {IMPLEMENTATIONS}. Received: "
+            f"implementation={implementation!r}"
+        )
+    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
+    weights = dense.weights(query, key, kernel, factor, visibility, **options)
+    return dense.combine(weights, value)
+
+
+def attention_weights(
+    query: Any,
+    key: Any,
+    normalizer: str = "softmax",
+    scale: float | None = None,
+    mask: Any = None,
+    key_mask: Any = None,
+    causal: bool = False,
+    window: int | None = None,
+    query_offset: Any = 0,
+    *,
+    length_scale: Any = None,
+    epsilon: float = 1e-6,
+) -> Any:
+    """The weights `[B, H, T, S]` that `attention` with these arguments gives the values.
+
+    They are float32 (float64 for float64 inputs). Arguments and errors are `attention`'s.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> q = keras.random.normal((2, 7, 4, 16))
+    >>> ops.attention_weights(q, q, normalizer="softpick", causal=True).shape
+    (2, 4, 7, 7)
+    """
+    query, key, _ = _check_tensors(query, key, key)
+    visibility = dict(
+        mask=mask, key_mask=key_mask, causal=causal, window=window, query_offset=query_offset
+    )
+    kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
+    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
+    return dense.weights(query, key, kernel, factor, visibility, **options)
+
+
+def _query_factor(
+    normalizer: str, scale: Any, length_scale: Any, query: Any, key: Any, visibility: dict
+) -> tuple[str, Any]:
+    """The kernel's name, and what to multiply the query by: a number or `[B|1, T|1, H|1, 1]`."""
+    if normalizer not in NORMALIZERS:
+        raise ValueError(
+            f"`normalizer` must be one of {NORMALIZERS}. Received: normalizer={normalizer!r}"
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if normalizer == "ssmax":
+        normalizer = "softmax"
+        if length_scale is None:
+            count = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
+            length_scale = log_length_scale(count)
+    if length_scale is None:
+        return normalizer, scale
+    length_scale = widen(to_tensor(length_scale))
+    batch, length, num_heads, _ = query.shape
+    check_broadcastable(
+        "length_scale", tuple(length_scale.shape), (batch, num_heads, length), "[B, H, T]"
+    )
+    while len(length_scale.shape) < 3:
+        length_scale = ops.expand_dims(length_scale, 0)
+    return normalizer, ops.expand_dims(ops.transpose(length_scale * scale, (0, 2, 1)), -1)
+
+
+def _can_fuse(kernel: str) -> bool:
+    return kernel == "softmax" and keras.backend.backend() == "torch"
+
+
+def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> Any:
+    """Softmax attention by `keras.ops.dot_product_attention`, which runs a fused kernel."""
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    if num_kv_heads == 1 < num_heads:  # more key heads are repeated inside
+        key, value = (ops.repeat(x, num_heads, axis=2) for x in (key, value))
+    if isinstance(factor, (int, float)):
+        scale = factor
+    else:
+        query, scale = ops.cast(widen(query) * factor, dtype_of(query)), 1.0
+    query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
+    offset = visibility["query_offset"]
+    masked = any(visibility[name] is not None for name in ("mask", "key_mask", "window"))
+    if not masked and (not visibility["causal"] or (isinstance(offset, int) and offset == 0)):
+        return ops.dot_product_attention(
+            query, key, value, scale=scale, is_causal=visibility["causal"]
+        )
+    visible = visible_keys(query_length, key_length, **visibility)
+    # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
+    # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
+    some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
+    closed = ops.where(some, -float("inf"), 0.0)
+    bias = ops.cast(ops.where(visible, 0.0, closed), dtype_of(query))
+    out = ops.dot_product_attention(query, key, value, bias=bias, scale=scale)
+    return ops.where(ops.transpose(some, (0, 2, 1, 3)), out, ops.zeros_like(out))
+
+
+def _check_tensors(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    query, key, value = to_tensor(query), to_tensor(key), to_tensor(value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
+        check_rank(name, x, 4)
+    (_, _, num_heads, size), (_, length, num_kv_heads, key_size) = query.shape, key.shape
+    if size != key_size:
+        raise ValueError(
+            "`query` and `key` must have the same last dimension. Received: query with shape "
+            f"{tuple(query.shape)}, key with shape {tuple(key.shape)}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "the number of heads of `query` must be a multiple of that of `key`. Received: query "
+            f"with shape {tuple(query.shape)}, key with shape {tuple(key.shape)}"
+        )
+    if value.shape[2] != num_kv_heads or (
+        None not in (length, value.shape[1]) and value.shape[1] != length
+    ):
+        raise ValueError(
+            "`key` and `value` must have the same length and number of heads. Received: key with "
+            f"shape {tuple(key.shape)}, value with shape {tuple(value.shape)}"
+        )
+    return query, key, value

@@ -1,0 +1,162 @@
+"""Visibility: which keys each query sees, and how many.
+
+Query i stands at position `i + query_offset`, key j at position j. Query i sees key j unless
+
+- `causal`, and j lies after i's position;
+- `window`, and j is `window` or more positions away from i's (on either side);
+- `key_mask[b, j]` is False (padding); or
+- `mask[b, h, i, j]` is False (anything else).
+"""
+
+import numbers
+from typing import Any
+
+from keras import ops
+
+from keras_ssattn.ops._arguments import check_mask, dtype_of, to_tensor
+
+
+def visible_keys(
+    query_length: Any,
+    key_length: Any,
+    mask: Any = None,
+    key_mask: Any = None,
+    causal: bool = False,
+    window: int | None = None,
+    query_offset: Any = 0,
+) -> Any:
+    """Which keys each query sees, as one boolean mask.
+
+    Args:
+        query_length: T, an integer (or a scalar integer tensor, where it is dynamic).
+        key_length: S, likewise.
+        mask: boolean `[T, S]`, or broadcastable to `[B, H, T, S]`; True = attend.
+        key_mask: boolean `[B, S]`, False at padded keys.
+        causal: whether a query sees no later position.
+        window: a query sees keys less than `window` positions away. `None` for all.
+        query_offset: position of the first query, an integer or an integer tensor `[B]`.
+
+    Returns:
+        A boolean tensor broadcastable to `[B, H, T, S]`, or `None` if every query sees
+        every key.
+    """
+    mask, key_mask = _check(mask, key_mask, window, query_offset)
+    parts = []
+    if causal or window is not None:
+        distance = ops.expand_dims(_positions(query_length, query_offset), -1)  # [B|1, T, 1]
+        distance = distance - ops.arange(key_length, dtype="int32")  # [B|1, T, S]
+        if causal:
+            parts.append(distance >= 0)
+        if window is not None:
+            parts.append(distance < window)
+            if not causal:
+                parts.append(distance > -window)
+        parts = [ops.expand_dims(part, 1) for part in parts]  # [B|1, 1, T, S]
+    if key_mask is not None:
+        parts.append(ops.expand_dims(key_mask, (1, 2)))  # [B, 1, 1, S]
+    if mask is not None:
+        parts.append(mask)
+    visible = None
+    for part in parts:
+        visible = part if visible is None else ops.logical_and(visible, part)
+    return visible
+
+
+def key_count(
+    query_length: Any,
+    key_length: Any,
+    mask: Any = None,
+    key_mask: Any = None,
+    causal: bool = False,
+    window: int | None = None,
+    query_offset: Any = 0,
+) -> Any:
+    """The number n of keys that each query sees.
+
+    Without `mask` it is found from the padding's running count, and no `T x S` mask is built.
+
+    Args:
+        query_length: T, an integer (or a scalar integer tensor, where it is dynamic).
+        key_length: S, likewise.
+        mask: boolean `[T, S]`, or broadcastable to `[B, H, T, S]`; True = attend.
+        key_mask: boolean `[B, S]`, False at padded keys.
+        causal: whether a query sees no later position.
+        window: a query sees keys less than `window` positions away. `None` for all.
+        query_offset: position of the first query, an integer or an integer tensor `[B]`.
+
+    Returns:
+        An int32 tensor broadcastable to `[B, H, T]`.
+
+    Raises:
+        TypeError: for a float mask.
+        ValueError: for a mask of the wrong rank, or `window < 1`.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> ops.key_count(4, 4, causal=True)  # [[[1, 2, 3, 4]]]
+    >>> ops.key_count(4, 4, causal=True, window=2)  # [[[1, 2, 2, 2]]]
+    >>> ops.key_count(4, 4, causal=True, key_mask=[[False, True, True, True]])
+    ... # [[[0, 1, 2, 3]]]
+    """
+    mask, key_mask = _check(mask, key_mask, window, query_offset)
+    if mask is not None:
+        visible = visible_keys(
+            query_length, key_length, mask, key_mask, causal, window, query_offset
+        )
+        # A size-1 last axis stands for S equal entries.
+        visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
+        return ops.sum(ops.cast(visible, "int32"), axis=-1)
+    # The visible keys are the stretch [first, end), less its padding.
+    first, end = None, None
+    if causal or window is not None:
+        position = _positions(query_length, query_offset)  # [B|1, T]
+        end = ops.minimum(position + (1 if causal else window), key_length)
+        if window is not None:
+            first = ops.clip(position - window + 1, 0, end)
+    if key_mask is None:
+        if end is None:
+            return ops.reshape(ops.cast(key_length, "int32"), (1, 1, 1))
+        return ops.expand_dims(end if first is None else end - first, 1)  # [B|1, 1, T]
+    before = ops.cumsum(ops.cast(key_mask, "int32"), axis=1)  # [B, S], count of keys <= j
+    if end is None:
+        return ops.expand_dims(before[:, -1:], 1)  # [B, 1, 1]
+    n = _count_before(before, end)
+    return ops.expand_dims(n if first is None else n - _count_before(before, first), 1)
+
+
+def _count_before(running: Any, end: Any) -> Any:
+    """Entries of a running count `[B, S]` up to, not including, positions `[B|1, T]`."""
+    running = ops.pad(running, ((0, 0), (1, 0)))  # [B, S + 1]
+    if end.shape[0] == 1:
+        return ops.take(running, end[0], axis=1)  # [B, T]
+    return ops.take_along_axis(running, end, axis=1)  # [B, T]
+
+
+def _positions(query_length: Any, query_offset: Any) -> Any:
+    """Positions of the queries, int32 `[B|1, T]`."""
+    offset = ops.cast(to_tensor(query_offset), "int32")
+    return ops.reshape(offset, (-1, 1)) + ops.arange(query_length, dtype="int32")
+
+
+def _check(mask: Any, key_mask: Any, window: Any, query_offset: Any) -> tuple[Any, Any]:
+    mask = check_mask("mask", mask, rank=(2, 4))
+    key_mask = check_mask("key_mask", key_mask, rank=2)
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1
+    ):
+        raise ValueError(f"`window` must be a positive integer or None. Received: window={window!r}")
+    if isinstance(query_offset, numbers.Integral):
+        if isinstance(query_offset, bool) or query_offset < 0:
+            raise ValueError(
+                f"`query_offset` must be 0 or a positive integer. Received: "
+                f"query_offset={query_offset!r}"
+            )
+    else:
+        offset = to_tensor(query_offset)
+        if "int" not in dtype_of(offset) or len(offset.shape) > 1:
+            raise ValueError(
+                "`query_offset` must be an integer or an integer tensor of shape [B]. "
+                f"Received: shape {tuple(offset.shape)}, dtype {dtype_of(offset)}"
+            )
+    return mask, key_mask
