@@ -164,8 +164,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.key_dense.build(key_shape)
         self.value_dense.build(value_shape)
         self.output_dense.build((*query_shape[:-1], self.num_heads, self.value_dim))
-        self.normalizer.build()
-        self.normalizer.built = True
+        self.normalizer.build((None, self.num_heads, None, None))
         self.attention_dropout = keras.layers.Dropout(
             self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
         )

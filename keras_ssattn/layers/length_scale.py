@@ -103,7 +103,7 @@ class LogLengthScale(LengthScale):
         self.s: Any = None
         self.b: Any = None
 
-    def build(self, input_shape: Any = None) -> None:
+    def build(self, input_shape: Any) -> None:
         init_s = self.init_s
         if init_s == "auto":
             # mean of log n over n = 1 ... L is log(L!) / L

@@ -46,10 +46,9 @@ class Normalizer(keras.layers.Layer):
         """Whether the weights depend on the number of keys beyond the sum over them."""
         return self.length_scale.uses_count
 
-    def build(self, input_shape: Any = None) -> None:
+    def build(self, input_shape: Any) -> None:
         if not self.length_scale.built:
-            self.length_scale.build()
-            self.length_scale.built = True
+            self.length_scale.build((None,))
 
     def call(self, logits: Any, mask: Any = None) -> Any:
         mask = _align_left(mask, logits)
