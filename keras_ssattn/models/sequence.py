@@ -18,6 +18,19 @@ from keras_ssattn.layers.transformer import NORM_EPSILON
 OUTPUT_MODES = ("last_timestep", "all", "mean_pool")
 
 
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class SequenceModel(keras.Model):
+    """A functional model that, nested in another, passes a mask on where it keeps the time axis.
+
+    Keras's own functional models honor a mask inside but warn that they destroy it.
+    """
+
+    supports_masking = True
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask if len(self.output_shape) == 3 else None
+
+
 def build(
     embed_dim: int,
     hidden_size: int = 256,
@@ -101,7 +114,7 @@ def build(
         x = LastTimestep(name="last_timestep")(x)
     elif output_mode == "mean_pool":
         x = MeanPool(name="mean_pool")(x)
-    return keras.Model(inputs, x, name=name or f"{prefix}_transformer")
+    return SequenceModel(inputs, x, name=name or f"{prefix}_transformer")
 
 
 def build_attention(
