@@ -1,0 +1,44 @@
+"""One process tests one backend, named by KERAS_BACKEND."""
+
+import os
+
+import pytest
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+if os.environ.get("KERAS_BACKEND") not in BACKENDS:
+    raise pytest.UsageError(
+        f"KERAS_BACKEND must be set to one of {BACKENDS} to run the tests. "
+        f"Received: {os.environ.get('KERAS_BACKEND')!r}"
+    )
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import hypothesis
+import keras
+import numpy as np
+
+hypothesis.settings.register_profile(
+    "suite", max_examples=60, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture
+def backend() -> str:
+    return keras.backend.backend()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(1729)
+
+
+@pytest.fixture(autouse=True)
+def _clean_keras():
+    """Fixed seeds, and no dtype policy or layer name left over from another test."""
+    keras.utils.set_random_seed(1729)
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+    keras.utils.clear_session(free_memory=False)
