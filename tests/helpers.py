@@ -15,6 +15,7 @@ def _is_bfloat16(x):
 def gradients(function, arrays, cotangent):
     """Gradients of sum(function(*arrays) * cotangent) with respect to each array, as NumPy."""
     tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
+    cotangent = keras.ops.convert_to_tensor(cotangent, "float32")
 
     def total(*xs):
         return keras.ops.sum(keras.ops.cast(function(*xs), "float32") * cotangent)

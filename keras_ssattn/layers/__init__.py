@@ -3,8 +3,10 @@
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
 from keras_ssattn.layers.length_scale import LengthScale, LogLengthScale
-from keras_ssattn.layers.normalizers import RectifiedSoftpick, Softmax, Softpick, SSMax
+from keras_ssattn.layers.normalizer import Normalizer
 from keras_ssattn.layers.pooling import LastTimestep, MeanPool
+from keras_ssattn.layers.softmax import Softmax, SSMax
+from keras_ssattn.layers.softpick import RectifiedSoftpick, Softpick
 from keras_ssattn.layers.transformer import TransformerBlock
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "LogLengthScale",
     "MeanPool",
     "MultiHeadAttention",
+    "Normalizer",
     "RectifiedSoftpick",
     "SSMax",
     "Softmax",

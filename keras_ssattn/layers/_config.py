@@ -16,7 +16,7 @@ def check_positive(name: str, value: Any, optional: bool = False) -> None:
 
 
 def check_rate(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
 
 

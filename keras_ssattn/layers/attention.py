@@ -214,12 +214,12 @@ class MultiHeadAttention(keras.layers.Layer):
         use_causal_mask: bool = False,
     ) -> Any:
         query_mask = check_mask("query_mask", query_mask, rank=2)
-        visibility = dict(
-            mask=_attention_mask(attention_mask),
-            key_mask=_both(value_mask, key_mask),
-            causal=use_causal_mask,
-            window=self.sliding_window,
-        )
+        visibility = {
+            "mask": _attention_mask(attention_mask),
+            "key_mask": _both(value_mask, key_mask),
+            "causal": use_causal_mask,
+            "window": self.sliding_window,
+        }
         key = self.key_dense(value if key is None else key)  # [B, S, K, D]
         query, value = self.query_dense(query), self.value_dense(value)
         if self.qk_norm:
@@ -252,18 +252,10 @@ class MultiHeadAttention(keras.layers.Layer):
         self,
         query: Any,
         value: Any,
-        key: Any = None,
-        query_mask: Any = None,
-        value_mask: Any = None,
-        key_mask: Any = None,
-        attention_mask: Any = None,
+        *args: Any,
         return_attention_scores: bool = False,
-        training: bool | None = None,
-        use_causal_mask: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        check_mask("query_mask", query_mask, rank=2)
-        _attention_mask(attention_mask)
-        _both(value_mask, key_mask)
         shape = self.compute_output_shape(query.shape, value.shape)
         output = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:

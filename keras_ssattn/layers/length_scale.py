@@ -20,6 +20,27 @@ class LengthScale(keras.layers.Layer):
     Args:
         num_heads: number of attention heads, for one set of parameters per head; `None` for
             one set in all. Attention layers set it themselves.
+
+    Call arguments:
+        n: int32 tensor, the number of keys that each query sees; `[..., H or 1, T]` where
+            there is a set of parameters per head.
+
+    Returns:
+        A float32 tensor broadcastable to that shape, here of ones.
+
+    Raises:
+        ValueError: for a `num_heads` that is not a positive integer or `None`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn.layers import LengthScale
+    >>> class RootLengthScale(LengthScale):
+    ...     uses_count = True
+    ...     def call(self, n):
+    ...         return keras.ops.sqrt(keras.ops.cast(n, "float32"))
+    >>> float(RootLengthScale()(keras.ops.array([9]))[0])
+    3.0
     """
 
     uses_count = False
@@ -104,10 +125,10 @@ class LogLengthScale(LengthScale):
         self.b: Any = None
 
     def build(self, input_shape: Any) -> None:
-        init_s = self.init_s
+        init_s: Any = self.init_s
         if init_s == "auto":
-            # mean of log n over n = 1 ... L is log(L!) / L
-            init_s = self.train_length / math.lgamma(self.train_length + 1)
+            length: Any = self.train_length
+            init_s = length / math.lgamma(length + 1)  # the mean of log n is log(L!) / L
         self.s = self._add_parameter("s", init_s)
         if self.use_bias:
             self.b = self._add_parameter("b", 0.0)
@@ -154,9 +175,7 @@ def _check_init_s(init_s: Any, train_length: Any) -> None:
         or not isinstance(init_s, numbers.Real)
         or not math.isfinite(init_s)
     ):
-        raise ValueError(
-            f'`init_s` must be a finite number or "auto". Received: init_s={init_s!r}'
-        )
+        raise ValueError(f'`init_s` must be a finite number or "auto". Received: init_s={init_s!r}')
     elif train_length is not None:
         raise ValueError(
             '`train_length` goes with `init_s="auto"`. Received: '

@@ -70,7 +70,7 @@ def check_broadcastable(name: str, shape: tuple, target: tuple, target_name: str
     )
     if not fits:
         raise ValueError(
-            f"`{name}` must be broadcastable to the shape of `{target_name}`, {target}. "
+            f"`{name}` must be broadcastable to {target_name}, {target}. "
             f"Received: {name} with shape {shape}"
         )
 
@@ -81,7 +81,7 @@ def normalize_axis(axis: Any, rank: int) -> tuple[int, ...]:
     for one in axes:
         if isinstance(one, bool) or not isinstance(one, numbers.Integral):
             raise TypeError(f"`axis` must be an integer or a tuple of them. Received: axis={axis}")
-        if not -rank <= one < rank:
+        if not -rank <= int(one) < rank:
             raise ValueError(
                 f"`axis` must lie in [-{rank}, {rank}) for a tensor of rank {rank}. "
                 f"Received: axis={axis}"

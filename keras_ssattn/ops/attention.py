@@ -1,6 +1,7 @@
 """Attention with any normalizer, any visibility and any length scale."""
 
 import math
+import numbers
 from typing import Any
 
 import keras
@@ -83,9 +84,13 @@ def attention(
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
     query, key, value = _check_tensors(query, key, value)
-    visibility = dict(
-        mask=mask, key_mask=key_mask, causal=causal, window=window, query_offset=query_offset
-    )
+    visibility = {
+        "mask": mask,
+        "key_mask": key_mask,
+        "causal": causal,
+        "window": window,
+        "query_offset": query_offset,
+    }
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     if implementation == "auto":
         implementation = "fused" if _can_fuse(kernel) else "dense"
@@ -133,9 +138,13 @@ def attention_weights(
     (2, 4, 7, 7)
     """
     query, key, _ = _check_tensors(query, key, key)
-    visibility = dict(
-        mask=mask, key_mask=key_mask, causal=causal, window=window, query_offset=query_offset
-    )
+    visibility = {
+        "mask": mask,
+        "key_mask": key_mask,
+        "causal": causal,
+        "window": window,
+        "query_offset": query_offset,
+    }
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
     return dense.weights(query, key, kernel, factor, visibility, **options)
@@ -151,6 +160,8 @@ def _query_factor(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
+    elif not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"`scale` must be a finite number or None. Received: scale={scale!r}")
     if normalizer == "ssmax":
         normalizer = "softmax"
         if length_scale is None:

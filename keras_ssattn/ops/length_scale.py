@@ -39,7 +39,7 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     s = _parameter("s", s)
     b = _parameter("b", b)
     if isinstance(n, numbers.Real):
-        if isinstance(n, bool) or not n >= 1 or math.isinf(n):
+        if isinstance(n, bool) or not float(n) >= 1 or math.isinf(n):
             raise ValueError(f"`n` must be a number of keys, 1 or more. Received: n={n!r}")
         log_n = math.log(n)
     else:

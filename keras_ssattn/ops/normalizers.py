@@ -115,7 +115,10 @@ def ssmax(
     if formula not in ("scale", "shift"):
         raise ValueError(f'`formula` must be "scale" or "shift". Received: formula={formula!r}')
     x, axis, mask, dtype = _prepare(logits, axis, mask)
-    n = entry_count(x, axis, mask) if n is None else _per_row("n", n, x, axis)
+    if n is None:
+        n = entry_count(x, axis, mask)
+        n = max(n, 1) if isinstance(n, int) else n
+    n = _per_row("n", n, x, axis)
     s, b = _per_row("s", s, x, axis), _per_row("b", b, x, axis)
     if formula == "shift":
         if not (isinstance(b, numbers.Real) and b == 0):
@@ -163,7 +166,7 @@ def softpick(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     # Numerator and denominator times 2^-24, which is exact: the sum of up to 2^24 of the
     # largest finite values does not overflow.
     x = x * 2.0**-24
-    weights = x / (2.0**-24 + ops.sum(ops.abs(x), axis=axis, keepdims=True))
+    weights = x / (2.0**-24 + ops.sum(_magnitude(x), axis=axis, keepdims=True))
     return ops.cast(weights, dtype)
 
 
@@ -201,14 +204,15 @@ def rectified_softpick(x: Any, axis: Any = -1, mask: Any = None, epsilon: float 
         x = ops.where(mask, x, 0.0)
     # Everything is multiplied by e^-m. |e^x - 1| = (1 - e^-|x|) e^max(x, 0) is free of
     # cancellation near 0 and of overflow far from it.
-    m = ops.stop_gradient(ops.maximum(ops.max(x, axis=axis, keepdims=True), 0.0))
-    magnitude = -ops.expm1(-ops.abs(x)) * ops.exp(ops.relu(x) - m)
+    m = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True, initial=0.0)
+    magnitude = -ops.expm1(-_magnitude(x)) * ops.exp(ops.relu(x) - m)
     total = epsilon * ops.exp(-m) + ops.sum(magnitude, axis=axis, keepdims=True)
     return ops.cast(ops.where(x > 0, magnitude, 0.0) / total, dtype)
 
 
 def check_epsilon(epsilon: Any) -> None:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real) or not epsilon > 0:
+    """Raises unless `epsilon` is a positive number."""
+    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real) or not float(epsilon) > 0:
         raise ValueError(f"`epsilon` must be a positive number. Received: epsilon={epsilon!r}")
 
 
@@ -218,7 +222,7 @@ def _prepare(x: Any, axis: Any, mask: Any) -> tuple[Any, tuple[int, ...], Any, s
     axes = normalize_axis(axis, len(x.shape))
     mask = check_mask("mask", mask)
     if mask is not None:
-        check_broadcastable("mask", tuple(mask.shape), tuple(x.shape), "logits")
+        check_broadcastable("mask", tuple(mask.shape), tuple(x.shape), "the shape of `logits`")
     return widen(x), axes, mask, dtype
 
 
@@ -230,11 +234,11 @@ def entry_count(x: Any, axis: Any = -1, mask: Any = None) -> Any:
         (a scalar tensor where the size is dynamic).
     """
     axes = normalize_axis(axis, len(x.shape))
-    if mask is None:
-        sizes = [ops.shape(x)[one] for one in axes]
+    sizes = [ops.shape(x)[one] for one in axes]
+    if mask is None and None not in sizes:
         return functools.reduce(operator.mul, sizes)
-    mask = ops.cast(ops.broadcast_to(mask, ops.shape(x)), "int32")
-    return ops.sum(mask, axis=axes, keepdims=True)
+    ones = ops.ones_like(x, dtype="int32")
+    return ops.sum(ones if mask is None else ops.where(mask, ones, 0), axis=axes, keepdims=True)
 
 
 def _per_row(name: str, value: Any, x: Any, axis: tuple[int, ...]) -> Any:
@@ -243,14 +247,22 @@ def _per_row(name: str, value: Any, x: Any, axis: tuple[int, ...]) -> Any:
         return value
     value = to_tensor(value)
     row = tuple(1 if i - len(x.shape) in axis else size for i, size in enumerate(x.shape))
-    check_broadcastable(name, tuple(value.shape), row, f"logits` with size 1 along `axis={axis}")
+    check_broadcastable(
+        name, tuple(value.shape), row, f"the shape of `logits` with size 1 along axis={axis}"
+    )
     return value
+
+
+def _magnitude(x: Any) -> Any:
+    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
+    return x * ops.sign(x)
 
 
 def _below_max(x: Any, axis: tuple[int, ...], mask: Any) -> Any:
     """`x` less its largest attended entry: 0 at the maximum, negative elsewhere."""
     largest = x if mask is None else ops.where(mask, x, -float("inf"))
-    largest = ops.max(ops.stop_gradient(largest), axis=axis, keepdims=True)
+    largest = ops.stop_gradient(largest)
+    largest = ops.max(largest, axis=axis, keepdims=True, initial=-float("inf"))
     if mask is not None:
         largest = ops.where(largest > -float("inf"), largest, 0.0)
         x = ops.where(mask, x, largest)

@@ -13,7 +13,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_mask, dtype_of, to_tensor
+from keras_ssattn.ops._arguments import check_broadcastable, check_mask, dtype_of, to_tensor
 
 
 def visible_keys(
@@ -39,8 +39,17 @@ def visible_keys(
     Returns:
         A boolean tensor broadcastable to `[B, H, T, S]`, or `None` if every query sees
         every key.
+
+    Raises:
+        TypeError: for a float mask.
+        ValueError: for a mask of the wrong shape, or `window < 1`.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> ops.visible_keys(2, 3, causal=True)  # [[[[True, False, False], [True, True, False]]]]
     """
-    mask, key_mask = _check(mask, key_mask, window, query_offset)
+    mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
     parts = []
     if causal or window is not None:
         distance = ops.expand_dims(_positions(query_length, query_offset), -1)  # [B|1, T, 1]
@@ -99,7 +108,7 @@ def key_count(
     >>> ops.key_count(4, 4, causal=True, key_mask=[[False, True, True, True]])
     ... # [[[0, 1, 2, 3]]]
     """
-    mask, key_mask = _check(mask, key_mask, window, query_offset)
+    mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
     if mask is not None:
         visible = visible_keys(
             query_length, key_length, mask, key_mask, causal, window, query_offset
@@ -139,13 +148,27 @@ def _positions(query_length: Any, query_offset: Any) -> Any:
     return ops.reshape(offset, (-1, 1)) + ops.arange(query_length, dtype="int32")
 
 
-def _check(mask: Any, key_mask: Any, window: Any, query_offset: Any) -> tuple[Any, Any]:
+def _check(
+    query_length: Any, key_length: Any, mask: Any, key_mask: Any, window: Any, query_offset: Any
+) -> tuple[Any, Any]:
+    """Raises for arguments that do not fit; returns the masks as `[B, H, T, S]`, `[B, S]`."""
+    lengths = tuple(x if isinstance(x, int) else None for x in (query_length, key_length))
     mask = check_mask("mask", mask, rank=(2, 4))
+    if mask is not None:
+        check_broadcastable("mask", tuple(mask.shape[-2:]), lengths, "[T, S]")
+        mask = ops.expand_dims(mask, (0, 1)) if len(mask.shape) == 2 else mask
     key_mask = check_mask("key_mask", key_mask, rank=2)
+    if key_mask is not None and lengths[1] not in (None, key_mask.shape[1] or lengths[1]):
+        raise ValueError(
+            f"`key_mask` must have shape [B, S] with S = {lengths[1]}. Received: key_mask with "
+            f"shape {tuple(key_mask.shape)}"
+        )
     if window is not None and (
         isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1
     ):
-        raise ValueError(f"`window` must be a positive integer or None. Received: window={window!r}")
+        raise ValueError(
+            f"`window` must be a positive integer or None. Received: window={window!r}"
+        )
     if isinstance(query_offset, numbers.Integral):
         if isinstance(query_offset, bool) or query_offset < 0:
             raise ValueError(

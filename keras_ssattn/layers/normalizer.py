@@ -1,0 +1,112 @@
+"""The base class of layers on logits."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.layers.length_scale import LengthScale
+from keras_ssattn.ops import normalizers
+from keras_ssattn.ops._arguments import dtype_of, widen
+
+
+class Normalizer(keras.layers.Layer):
+    """Base class: a normalizing function and a length scale for its logits.
+
+    A subclass names the function of `keras_ssattn.ops` in `kernel`, and the function's own
+    options in `kernel_options()`.
+
+    Args:
+        axis: the axis, or axes, to normalize over. Defaults to the last one.
+        length_scale: a `LengthScale` layer, or its config; `None` for none.
+
+    Call arguments:
+        logits: floating-point tensor of any shape.
+        mask: boolean, True = attend, broadcastable to `logits` and of its rank. A mask of
+            lower rank is aligned to the left, as Keras's own masks `[batch, time]` are.
+
+    Returns:
+        Weights of the shape and dtype of `logits`; masked entries and rows are 0.
+
+    Example:
+
+    >>> from keras_ssattn.layers import Normalizer, Softpick
+    >>> issubclass(Softpick, Normalizer)
+    True
+    """
+
+    kernel = ""
+
+    def __init__(self, axis: Any = -1, length_scale: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.axis = axis
+        self.length_scale = _length_scale(length_scale)
+
+    def kernel_options(self) -> dict[str, Any]:
+        """Options that the function of `keras_ssattn.ops` takes beside axis and mask."""
+        return {}
+
+    @property
+    def uses_count(self) -> bool:
+        """Whether the weights depend on the number of keys beyond the sum over them."""
+        return self.length_scale.uses_count
+
+    def build(self, input_shape: Any) -> None:
+        if not self.length_scale.built:
+            self.length_scale.build((None,))
+
+    def call(self, logits: Any, mask: Any = None) -> Any:
+        mask = align_left(mask, logits)
+        function = getattr(normalizers, self.kernel)
+        options = self.kernel_options()
+        if not self.uses_count:
+            return function(logits, axis=self.axis, mask=mask, **options)
+        n = ops.convert_to_tensor(normalizers.entry_count(logits, self.axis, mask), "int32")
+        if self.length_scale.num_heads is None:
+            factor = self.length_scale(n)
+        else:  # heads are the third axis from the end, the normalized axis is the last
+            n = ops.reshape(n, (1, 1)) if mask is None else ops.squeeze(n, -1)  # [..., H|1, T|1]
+            factor = ops.expand_dims(self.length_scale(n), -1)
+        weights = function(widen(logits) * factor, axis=self.axis, mask=mask, **options)
+        return ops.cast(weights, dtype_of(logits))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        # An entrywise mask has done its work; a mask of batch and time concerns later layers.
+        if previous_mask is None or len(previous_mask.shape) == len(inputs.shape):
+            return None
+        return previous_mask
+
+    def copy_for(self, num_heads: int, **kwargs: Any) -> "Normalizer":
+        """An unbuilt copy, of the same options, with parameters for `num_heads` heads."""
+        config = self.get_config()
+        copy = type(self).from_config({**config, **kwargs})
+        copy.length_scale.num_heads = num_heads
+        return copy
+
+    def get_config(self) -> dict[str, Any]:
+        scale = keras.saving.serialize_keras_object(self.length_scale)
+        return {**super().get_config(), "axis": self.axis, "length_scale": scale}
+
+
+def _length_scale(value: Any) -> LengthScale:
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if value is None:
+        return LengthScale(name="length_scale")
+    if not isinstance(value, LengthScale):
+        raise ValueError(
+            "`length_scale` must be a `LengthScale` layer, its config, or None. Received: "
+            f"length_scale={value!r}"
+        )
+    return value
+
+
+def align_left(mask: Any, logits: Any) -> Any:
+    """A mask with as many axes as the logits, those it lacks last, as Keras's masks lack them."""
+    while mask is not None and len(mask.shape) < len(logits.shape):
+        mask = ops.expand_dims(mask, -1)
+    return mask

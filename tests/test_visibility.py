@@ -1,0 +1,86 @@
+"""Which keys a query sees, and how many, against a count one pair at a time."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import oracle
+import pytest
+from helpers import to_numpy
+
+from keras_ssattn import ops
+
+CASES = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"window": 3},
+    "window of one": {"window": 1, "causal": True},
+    "causal window": {"causal": True, "window": 3},
+    "offset": {"causal": True, "query_offset": 4},
+    "offset per row": {"causal": True, "window": 2, "query_offset": np.array([0, 5])},
+    "left padding": {"causal": True, "key_mask": np.arange(7) >= np.array([[3], [0]])},
+    "right padding": {"key_mask": np.arange(7) < np.array([[3], [0]])},
+    "padded window": {
+        "causal": True,
+        "window": 3,
+        "key_mask": np.arange(7) % 3 != np.array([[0], [1]]),
+        "query_offset": np.array([1, 2]),
+    },
+    "mask [T, S]": {"mask": np.arange(35).reshape(5, 7) % 3 == 0},
+    "mask [B, H, T, S]": {"mask": np.arange(210).reshape(2, 3, 5, 7) % 4 == 0, "causal": True},
+    "mask [1, 1, T, 1]": {"mask": (np.arange(5) % 2 == 0).reshape(1, 1, 5, 1), "window": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_visible_keys_and_key_count(case):
+    expected = oracle.visible(5, 7, batch=2, heads=3, **case)
+    visible = ops.visible_keys(5, 7, **case)
+    visible = np.ones((), bool) if visible is None else to_numpy(visible)
+    np.testing.assert_array_equal(np.broadcast_to(visible, expected.shape), expected)
+    count = to_numpy(ops.key_count(5, 7, **case))
+    assert count.dtype == "int32"
+    np.testing.assert_array_equal(np.broadcast_to(count, (2, 3, 5)), expected.sum(-1))
+
+
+def test_nothing_hidden_is_none():
+    assert ops.visible_keys(5, 7) is None
+
+
+@hypothesis.given(
+    lengths=st.sampled_from([(1, 1), (5, 7), (7, 5)]),
+    key_mask=st.none() | hnp.arrays(bool, (2, 7)),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 8),
+    offset=st.sampled_from([0, 1, 3]) | hnp.arrays("int32", (2,), elements=st.integers(0, 9)),
+)
+def test_key_count_is_the_number_of_visible_keys(lengths, key_mask, causal, window, offset):
+    case = {"causal": causal, "window": window, "query_offset": offset}
+    if key_mask is not None:
+        case["key_mask"] = key_mask[:, : lengths[1]]
+    expected = oracle.visible(*lengths, batch=2, **case).sum(-1)
+    actual = to_numpy(ops.key_count(*lengths, **case))
+    np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
+
+
+ERRORS = [
+    ({"window": 0}, ValueError, "`window` must be a positive integer or None.*window=0"),
+    ({"window": -3}, ValueError, "`window` must be a positive integer or None.*-3"),
+    ({"window": 2.0}, ValueError, "`window` must be a positive integer or None.*2.0"),
+    ({"query_offset": -1}, ValueError, "`query_offset` must be 0 or a positive integer.*-1"),
+    ({"query_offset": 1.5}, ValueError, "`query_offset` must be an integer.*float32"),
+    ({"query_offset": [[1]]}, ValueError, r"`query_offset` must be an integer.*\(1, 1\)"),
+    ({"key_mask": [True]}, ValueError, r"`key_mask` must have rank 2.*\(1,\)"),
+    ({"key_mask": [[1.0]]}, TypeError, "`key_mask` must be a boolean mask.*float32"),
+    ({"mask": [[[True]]]}, ValueError, r"`mask` must have rank 2 or 4.*\(1, 1, 1\)"),
+    ({"mask": [[True] * 5] * 7}, ValueError, r"`mask` must be broadcastable to \[T, S\], \(5, 7\)"),
+    ({"key_mask": [[True] * 5]}, ValueError, r"`key_mask` must have shape.*S = 7.*\(1, 5\)"),
+    ({"mask": [[-1e9]]}, TypeError, "`mask` must be a boolean mask.*float32"),
+]
+
+
+@pytest.mark.parametrize("function", [ops.key_count, ops.visible_keys])
+@pytest.mark.parametrize(("arguments", "error", "match"), ERRORS, ids=[e[2] for e in ERRORS])
+def test_errors(function, arguments, error, match):
+    with pytest.raises(error, match=match):
+        function(5, 7, **arguments)
