@@ -240,9 +240,10 @@ def test_dropout_on_weights(normalizer, data):
     np.testing.assert_allclose(to_numpy(inference), to_numpy(again), rtol=1e-6)
     _, trained = layer(data["query"], data["value"], return_attention_scores=True, training=True)
     np.testing.assert_allclose(to_numpy(trained), to_numpy(scores), rtol=1e-6)
-    outputs = [to_numpy(layer(data["query"], data["value"], training=True)) for _ in range(300)]
+    many = [np.repeat(data[name][:1], 500, axis=0) for name in ("query", "value")]
+    outputs = to_numpy(layer(*many, training=True))
     assert relative_error(outputs[0], outputs[1]) > 1e-3
-    assert relative_error(np.mean(outputs, axis=0), to_numpy(inference)) < 0.2
+    assert relative_error(outputs.mean(0), to_numpy(inference)[0]) < 0.15
 
 
 def test_symbolic_shapes_in_cross_attention(data):
@@ -283,8 +284,20 @@ def test_mixed_precision(normalizer, policy, data):
     assert keras.utils.standardize_dtype(actual.dtype) == half
     assert keras.utils.standardize_dtype(scores.dtype) == half
     assert {keras.utils.standardize_dtype(w.dtype) for w in layer.weights} <= {"float32", "uint32"}
-    expected, _ = reference(layer, data["query"], data["value"], causal=True)
-    assert relative_error(to_numpy(actual), expected) < {"bfloat16": 4e-2, "float16": 4e-3}[half]
+    # From the layer's own projections on: rounding those may carry a logit across 0, where
+    # rectified softpick of a single key jumps.
+    _, expected = oracle.attention(
+        to_numpy(layer.query_dense(data["query"])),
+        to_numpy(layer.key_dense(data["value"])),
+        to_numpy(layer.value_dense(data["value"])),
+        normalizer,
+        causal=True,
+        return_weights=True,
+    )
+    tolerance = {"bfloat16": 2**-8, "float16": 2**-11}[half]
+    assert relative_error(to_numpy(scores), expected) < tolerance
+    plain = layer(data["query"], data["value"], use_causal_mask=True)
+    assert relative_error(to_numpy(plain), to_numpy(actual)) < 8 * tolerance
 
 
 def test_a_normalizer_instance_is_a_specification(data):
