@@ -60,12 +60,6 @@ class LengthScale(keras.layers.Layer):
     def call(self, n: Any) -> Any:
         return ops.ones_like(n, dtype="float32")
 
-    def compute_output_spec(self, n: Any) -> Any:
-        shape = tuple(n.shape)
-        if self.num_heads is not None:
-            shape = (*shape[:-2], self.num_heads, shape[-1])
-        return keras.KerasTensor(shape, dtype="float32")
-
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "num_heads": self.num_heads}
 
