@@ -6,6 +6,7 @@ import keras
 
 from keras_ssattn import layers, models, ops
 from keras_ssattn.models import output_size
+from keras_ssattn.models.sequence import build_attention
 
 __all__ = ["build", "build_softpick_attention", "compute", "layer", "output_size"]
 
@@ -79,4 +80,4 @@ def build_softpick_attention(
     >>> softpick.build_softpick_attention(keras.Input((60, 32))).shape
     (None, 60, 256)
     """
-    return models.build_attention(inputs, "softpick", hidden_size, num_heads, name)
+    return build_attention(inputs, "softpick", hidden_size, num_heads, name)

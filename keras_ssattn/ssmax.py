@@ -6,6 +6,7 @@ import keras
 
 from keras_ssattn import layers, models, ops
 from keras_ssattn.models import output_size
+from keras_ssattn.models.sequence import build_attention
 
 __all__ = ["build", "build_ssmax_attention", "compute", "layer", "output_size"]
 
@@ -89,4 +90,4 @@ def build_ssmax_attention(
     >>> ssmax.build_ssmax_attention(keras.Input((60, 32))).shape
     (None, 60, 256)
     """
-    return models.build_attention(inputs, "ssmax", hidden_size, num_heads, name)
+    return build_attention(inputs, "ssmax", hidden_size, num_heads, name)

@@ -1,5 +1,5 @@
 """Whole models."""
 
-from keras_ssattn.models.sequence import build, build_attention, output_size
+from keras_ssattn.models.sequence import SequenceModel, build, output_size
 
-__all__ = ["build", "build_attention", "output_size"]
+__all__ = ["SequenceModel", "build", "output_size"]

@@ -24,6 +24,13 @@ class SequenceModel(keras.Model):
 
     Keras's own functional models honor a mask inside but warn that they destroy it. Made by
     `build`; a subclass of Keras's functional model, with nothing else of its own.
+
+    Example:
+
+    >>> import keras_ssattn
+    >>> model = keras_ssattn.build(embed_dim=8, hidden_size=8, num_layers=1)
+    >>> isinstance(model, keras_ssattn.models.SequenceModel)
+    True
     """
 
     supports_masking = True
@@ -121,28 +128,7 @@ def build(
 def build_attention(
     inputs: Any, normalizer: Any, hidden_size: int, num_heads: int, name: str
 ) -> Any:
-    """Applies new causal self-attention of size `hidden_size` to `[B, T, E]`.
-
-    Args:
-        inputs: symbolic or eager tensor `[B, T, E]`.
-        normalizer: as in `build`.
-        hidden_size: of queries, keys, values and the output; a multiple of `num_heads`.
-        num_heads: number of heads.
-        name: of the layer.
-
-    Returns:
-        `[B, T, hidden_size]`.
-
-    Raises:
-        ValueError: for sizes that do not fit.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_ssattn.models import build_attention
-    >>> build_attention(keras.Input((60, 32)), "softmax", 64, 4, name="attention").shape
-    (None, 60, 64)
-    """
+    """Applies a new layer of causal self-attention to `[B, T, E]`, giving `[B, T, hidden_size]`."""
     check_positive("hidden_size", hidden_size)
     check_positive("num_heads", num_heads)
     _check_heads(hidden_size, num_heads)
