@@ -184,6 +184,15 @@ def test_length_scale_times_any_normalizer(rng):
         assert relative_error(to_numpy(actual), expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int32"])
+def test_length_scale_of_any_dtype(dtype, rng):
+    q, k, v = inputs(rng)
+    length_scale = keras.ops.cast(np.array([[1.0], [2.0], [3.0], [0.0]]), dtype)
+    actual = ops.attention(q, k, v, "softpick", length_scale=length_scale)
+    scaled = q * np.array([1.0, 2.0, 3.0, 0.0])[:, None]
+    assert relative_error(to_numpy(actual), oracle.attention(scaled, k, v, "softpick")) < 1e-6
+
+
 def test_scale_and_epsilon(rng):
     q, k, v = inputs(rng)
     actual = ops.attention(q, k, v, "rectified_softpick", scale=0.7, epsilon=0.5)

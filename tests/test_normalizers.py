@@ -63,6 +63,30 @@ def test_ssmax_gradients_of_s_and_b(s, n, rng):
         assert relative_error(a, e) < 1e-5
 
 
+@pytest.mark.parametrize("formula", ["scale", "shift"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_s_of_any_dtype(dtype, formula, rng):
+    logits = rng.normal(size=(3, 5)).astype("float32")
+    s = keras.ops.cast(np.array([[0.5], [-0.25], [2.0]]), dtype)
+    n = np.array([[2], [5], [9]])
+    if formula == "scale":
+        expected = oracle.normalize("ssmax", logits, s=to_numpy(s), n=n)
+    else:
+        expected = oracle.normalize("softmax", logits)
+    actual = to_numpy(ops.ssmax(logits, s, n, formula=formula))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_float64_stays_float64(backend, rng):
+    if backend == "jax":
+        pytest.skip("JAX has float64 only where it is enabled")
+    logits = rng.normal(size=(3, 5))
+    for name in NAMES:
+        actual = FUNCTIONS[name](keras.ops.convert_to_tensor(logits, "float64"))
+        assert keras.utils.standardize_dtype(actual.dtype) == "float64"
+        np.testing.assert_allclose(to_numpy(actual), oracle.normalize(name, logits), rtol=1e-13)
+
+
 def test_gradient_of_s_at_zero_is_not_lost(rng):
     logits = rng.normal(size=(11,)).astype("float32")
     cotangent = rng.normal(size=(11,)).astype("float32")

@@ -169,7 +169,7 @@ def _query_factor(
             length_scale = log_length_scale(count)
     if length_scale is None:
         return normalizer, scale
-    length_scale = widen(to_tensor(length_scale))
+    length_scale = ops.cast(to_tensor(length_scale), dtype_of(widen(query)))
     batch, length, num_heads, _ = query.shape
     check_broadcastable(
         "length_scale", tuple(length_scale.shape), (batch, num_heads, length), "[B, H, T]"

@@ -47,7 +47,9 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
         if dtype_of(n) == "bool":
             raise TypeError("`n` must be a number of keys, not a mask. Received: n with dtype bool")
         log_n = ops.log(ops.maximum(widen(n), 1.0))
-    return s * log_n + b
+    if all(isinstance(x, float) for x in (s, log_n, b)):
+        return s * log_n + b
+    return ops.add(ops.multiply(s, log_n), b)
 
 
 def _parameter(name: str, value: Any) -> Any:

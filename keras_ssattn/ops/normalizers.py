@@ -22,6 +22,7 @@ import numbers
 import operator
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_ssattn.ops._arguments import (
@@ -123,12 +124,12 @@ def ssmax(
     if formula == "shift":
         if not (isinstance(b, numbers.Real) and b == 0):
             raise ValueError(f'`b` must be 0 with `formula="shift"`. Received: b={b!r}')
-        x = x - log_length_scale(n, s)
+        x = x - _like(x, log_length_scale(n, s))
         return ops.cast(_exponential_weights(_below_max(x, axis, mask), axis, mask), dtype)
-    scale = ops.cast(to_tensor(log_length_scale(n, s, b)), dtype_of(x))
+    scale = _like(x, log_length_scale(n, s, b))
     # a x - max(a x) = |a| (z - max z) with z = sign(a) x: taking the maximum first keeps the
     # largest finite logits finite. (sign is not ops.sign, whose 0 would end the gradient at a=0.)
-    sign = ops.where(scale < 0, -1.0, 1.0)
+    sign = _like(x, ops.where(scale < 0, -1.0, 1.0))
     x = _below_max(x * sign, axis, mask)
     x = ops.maximum(x, _LOWEST) * (scale * sign)
     return ops.cast(_exponential_weights(x, axis, mask), dtype)
@@ -251,6 +252,14 @@ def _per_row(name: str, value: Any, x: Any, axis: tuple[int, ...]) -> Any:
         name, tuple(value.shape), row, f"the shape of `logits` with size 1 along axis={axis}"
     )
     return value
+
+
+def _like(x: Any, value: Any) -> Any:
+    """`value`, a float or a tensor, as a tensor of the dtype of `x`."""
+    dtype = dtype_of(x)
+    if isinstance(value, float):  # by NumPy, for all its digits
+        return ops.convert_to_tensor(np.asarray(value, dtype))
+    return ops.cast(value, dtype)
 
 
 def _magnitude(x: Any) -> Any:
