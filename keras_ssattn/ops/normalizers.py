@@ -131,7 +131,7 @@ def ssmax(
     # largest finite logits finite. (sign is not ops.sign, whose 0 would end the gradient at a=0.)
     sign = _like(x, ops.where(scale < 0, -1.0, 1.0))
     x = _below_max(x * sign, axis, mask)
-    x = ops.maximum(x, _like(x, _LOWEST)) * (scale * sign)
+    x = ops.where(x < _LOWEST, _like(x, _LOWEST), x) * (scale * sign)
     return ops.cast(_exponential_weights(x, axis, mask), dtype)
 
 
