@@ -1,0 +1,58 @@
+"""Models and data that the tests share with the scripts they launch."""
+
+import keras
+import numpy as np
+
+import keras_ssattn
+from keras_ssattn.layers import (
+    LogLengthScale,
+    MultiHeadAttention,
+    RectifiedSoftpick,
+    Softpick,
+    SSMax,
+)
+
+TIME, FEATURES = 7, 6
+
+# Every `normalizer=` that users are promised, as factories: a layer belongs to one model.
+NORMALIZERS = {
+    "softmax": lambda: "softmax",
+    "ssmax": lambda: "ssmax",
+    "softpick": lambda: "softpick",
+    "rectified_softpick": lambda: "rectified_softpick",
+    "ssmax_bias": lambda: SSMax(use_bias=True),
+    "ssmax_fixed": lambda: SSMax(trainable=False),
+    "ssmax_shift": lambda: SSMax(formula="shift"),
+    "ssmax_auto": lambda: SSMax(init_s="auto", train_length=TIME),
+    "softpick_scaled": lambda: Softpick(length_scale=LogLengthScale(init_s=0.3)),
+    "rectified_softpick_epsilon": lambda: RectifiedSoftpick(epsilon=1e-4),
+}
+
+
+def attention_model(normalizer, **options):
+    """One layer of causal self-attention, `[B, 7, 6]` to the same."""
+    options = {"num_heads": 2, "key_dim": 3, "name": "attention", **options}
+    attention = MultiHeadAttention(normalizer=NORMALIZERS[normalizer](), **options)
+    inputs = keras.Input((TIME, FEATURES), name="inputs")
+    return keras.Model(inputs, attention(inputs, inputs, use_causal_mask=True))
+
+
+def sequence_model(normalizer="ssmax", **options):
+    """A small `keras_ssattn.build`, `[B, 7, 6]` to `[B, 10]`."""
+    sizes = dict(hidden_size=10, num_heads=2, num_layers=1, dropout=0.0, window_size=TIME)
+    return keras_ssattn.build(
+        FEATURES, normalizer=NORMALIZERS[normalizer](), **{**sizes, **options}
+    )
+
+
+def randomize(model, seed=7):
+    """Moves every weight off its initial value, as training would."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        noise = rng.normal(0.0, 0.2, weight.shape)
+        weight.assign(keras.ops.convert_to_numpy(weight) + noise.astype("float32"))
+    return model
+
+
+def sequences(batch=8, time=TIME, features=FEATURES, seed=3):
+    return np.random.default_rng(seed).normal(size=(batch, time, features)).astype("float32")
