@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BACKENDS
-from scripts.cases import NORMALIZERS
+from scripts.cases import TRAVELERS
 
 SCRIPT = Path(__file__).parent / "scripts" / "cross_backend.py"
 INSTALLED = [b for b in BACKENDS if importlib.util.find_spec(b)]
@@ -46,7 +46,7 @@ def test_all_backends_are_here_where_they_must_be():
 
 
 @pytest.mark.parametrize("kind", ["keras", "weights"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", TRAVELERS)
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"), list(itertools.product(INSTALLED, repeat=2)), ids=lambda b: b
 )

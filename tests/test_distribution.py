@@ -100,7 +100,7 @@ def test_two_processes_on_torch(backend, tmp_path):
         done = subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={size}", str(SCRIPTS / "torch_ddp.py"), str(tmp_path / f"of{size}"),
+                f"--nproc-per-node={size}", SCRIPTS / "torch_ddp.py", tmp_path / f"of{size}",
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,

@@ -25,6 +25,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
 
 
+def serialize_options(layer: Any) -> dict[str, Any]:
+    """The class and options of a layer held by another, the same before and after building."""
+    config = keras.saving.serialize_keras_object(layer)
+    config.pop("build_config", None)
+    return config
+
+
 def serialize_policy(layer: Any) -> dict[str, Any]:
     """The `dtype` entry of a layer's config, where quantization has changed its projections.
 

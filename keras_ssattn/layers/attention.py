@@ -6,7 +6,12 @@ import keras
 from keras import ops
 
 from keras_ssattn.layers import normalizers
-from keras_ssattn.layers._config import check_positive, check_rate, serialize_policy
+from keras_ssattn.layers._config import (
+    check_positive,
+    check_rate,
+    serialize_options,
+    serialize_policy,
+)
 from keras_ssattn.ops import attention, attention_weights, dense, key_count
 from keras_ssattn.ops._arguments import check_mask
 
@@ -269,7 +274,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "key_dim": self.key_dim,
             "value_dim": self.value_dim,
             "num_kv_heads": self.num_kv_heads,
-            "normalizer": keras.saving.serialize_keras_object(self.normalizer),
+            "normalizer": serialize_options(self.normalizer),
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,

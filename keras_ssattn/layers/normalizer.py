@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ssattn.layers._config import serialize_options
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import normalizers
 from keras_ssattn.ops._arguments import dtype_of, widen
@@ -88,7 +89,7 @@ class Normalizer(keras.layers.Layer):
         return copy
 
     def get_config(self) -> dict[str, Any]:
-        scale = keras.saving.serialize_keras_object(self.length_scale)
+        scale = serialize_options(self.length_scale)
         return {**super().get_config(), "axis": self.axis, "length_scale": scale}
 
 

@@ -9,6 +9,7 @@ from keras_ssattn.layers._config import (
     check_choice,
     check_positive,
     check_rate,
+    serialize_options,
     serialize_policy,
 )
 from keras_ssattn.layers.attention import MultiHeadAttention
@@ -108,7 +109,7 @@ class TransformerBlock(keras.layers.Layer):
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.num_kv_heads = num_kv_heads
-        self._normalizer = keras.saving.serialize_keras_object(normalizers.get(normalizer))
+        self._normalizer = serialize_options(normalizers.get(normalizer))
         self.causal = causal
         self.cross_attention = cross_attention
         self.sliding_window = sliding_window

@@ -28,6 +28,9 @@ NORMALIZERS = {
     "rectified_softpick_epsilon": lambda: RectifiedSoftpick(epsilon=1e-4),
 }
 
+# Those that move between backends: one of each formula, with every kind of parameter.
+TRAVELERS = ("softmax", "ssmax_bias", "softpick_scaled", "rectified_softpick")
+
 
 def attention_model(normalizer, **options):
     """One layer of causal self-attention, `[B, 7, 6]` to the same."""
@@ -39,9 +42,9 @@ def attention_model(normalizer, **options):
 
 def sequence_model(normalizer="ssmax", **options):
     """A small `keras_ssattn.build`, `[B, 7, 6]` to `[B, 10]`."""
-    sizes = dict(hidden_size=10, num_heads=2, num_layers=1, dropout=0.0, window_size=TIME)
+    sizes = {"hidden_size": 10, "num_heads": 2, "num_layers": 1, "window_size": TIME}
     return keras_ssattn.build(
-        FEATURES, normalizer=NORMALIZERS[normalizer](), **{**sizes, **options}
+        FEATURES, normalizer=NORMALIZERS[normalizer](), dropout=0.0, **{**sizes, **options}
     )
 
 

@@ -1,0 +1,341 @@
+"""Forecast tomorrow's temperatures with four kinds of attention, on any Keras backend.
+
+    KERAS_BACKEND=jax python examples/quickstart.py
+
+Trains four small transformers that differ in nothing but the normalizer of their attention,
+compares them with two forecasts that need no model, also on windows up to eight times as long
+as those of training, and moves one trained model to another process on another backend.
+Without KERAS_BACKEND it takes the first backend that is installed.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Keras reads its backend from the environment, once, when it is imported.
+os.environ.setdefault(
+    "KERAS_BACKEND", next(filter(importlib.util.find_spec, ("jax", "tensorflow", "torch")))
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import quickstart_report as report
+from vega_datasets import local_data
+
+import keras_ssattn
+
+NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
+LENGTHS = (60, 240, 480)  # hours that a model looks back; it is trained on the first
+HORIZON = 24  # hours that it forecasts
+BATCH_SIZE = 32
+LEARNING_RATE = 3e-3  # this and the sizes below were chosen on the validation month
+
+# Each part of the year is cut into windows by itself, so that no window reaches into another.
+PARTS = {
+    "train": ("2010-01-01", "2010-08-31"),
+    "validation": ("2010-09-01", "2010-09-30"),
+    "test": ("2010-10-01", "2010-12-31"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The size of a run; `test_step` shares no divisor with 24, so every hour of day is met."""
+
+    hidden_size: int = 32
+    num_heads: int = 4
+    num_layers: int = 2
+    epochs: int = 4
+    num_seeds: int = 2
+    train_step: int = 3
+    test_step: int = 25
+
+
+SMALL = Settings(
+    hidden_size=8, num_heads=2, num_layers=1, epochs=1, num_seeds=1, train_step=16, test_step=49
+)
+
+
+# --- 1. Data -----------------------------------------------------------------------------
+
+
+def load_table():
+    """Returns hourly temperatures by date, in °F; the one hour that is missing, interpolated."""
+    return local_data.seattle_temps().set_index("date").asfreq("h").interpolate()
+
+
+def split(table):
+    """Returns the parts of the table, one after the other in time."""
+    return {name: table.loc[first:last] for name, (first, last) in PARTS.items()}
+
+
+class Scale(NamedTuple):
+    """Standard deviations, in °F, by which a model's inputs and outputs are divided."""
+
+    change: float  # from one hour to the next
+    temperature: float
+
+
+def measure_scale(part):
+    """Returns the `Scale` of a part: that of training, lest the others leak into it."""
+    temperatures = part["temp"].to_numpy()
+    return Scale(float(np.diff(temperatures).std()), float(temperatures.std()))
+
+
+def forecast_hours(part, length, step):
+    """Returns the rows of a part at which a forecast starts, with `length` hours before each.
+
+    One hour more is left before the first, because a model is given changes. The number is a
+    multiple of the batch size, so that models are compiled for one shape of batch.
+    """
+    hours = np.arange(length + 1, len(part) - HORIZON + 1, step)
+    return hours[len(hours) % BATCH_SIZE :]
+
+
+def make_windows(part, hours, length, scale):
+    """Returns inputs `[N, length, 3]` and targets `[N, HORIZON]` around the given rows.
+
+    The features are the change since the hour before, and the time of day as a point on a
+    circle; the targets are the coming hours' differences from the last known temperature.
+    """
+    temperatures = part["temp"].to_numpy()
+    changes = np.diff(temperatures, prepend=np.nan) / scale.change
+    angle = 2 * np.pi * part.index.hour.to_numpy() / 24
+    features = np.stack([changes, np.sin(angle), np.cos(angle)], axis=-1)
+    inputs = features[hours[:, None] + np.arange(-length, 0)]
+    targets = (future(part, hours) - last_known(part, hours)) / scale.temperature
+    return inputs.astype("float32"), targets.astype("float32")
+
+
+def future(part, hours):
+    """Returns the temperatures to forecast, `[N, HORIZON]`."""
+    return part["temp"].to_numpy()[hours[:, None] + np.arange(HORIZON)]
+
+
+def last_known(part, hours):
+    """Returns the temperature just before each forecast, `[N, 1]`."""
+    return part["temp"].to_numpy()[hours[:, None] - 1]
+
+
+def naive_forecasts(part, hours):
+    """Returns the forecasts that need no model: nothing changes; the last 24 hours repeat."""
+    return {
+        "persistence": np.repeat(last_known(part, hours), HORIZON, axis=1),
+        "same hour yesterday": future(part, hours - HORIZON),
+    }
+
+
+# --- 2. Models ---------------------------------------------------------------------------
+
+
+def make_model(normalizer, settings, num_updates):
+    """Returns a compiled forecaster: the package's transformer and one dense layer.
+
+    The string "ssmax" is the package's default, s = 1 in every head. To start as ordinary
+    softmax on average, give `SSMax(init_s="auto", train_length=60)` in its place.
+    """
+    transformer = keras_ssattn.build(
+        embed_dim=3,
+        hidden_size=settings.hidden_size,
+        num_heads=settings.num_heads,
+        num_layers=settings.num_layers,
+        dropout=0.0,
+        window_size=None,  # any length
+        normalizer=normalizer,
+    )
+    head = keras.layers.Dense(HORIZON, name="forecast")
+    model = keras.Sequential([transformer, head], name=normalizer)
+    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, num_updates)
+    model.compile(keras.optimizers.Adam(rate), loss="mae")
+    return model
+
+
+def train(model, data, settings, seed):
+    """Trains a model from new weights; the seed fixes these and the order of the windows.
+
+    To train again needs no second compilation: only new weights and an optimizer set back.
+    """
+    keras.utils.set_random_seed(seed)
+    model.set_weights(keras.models.clone_model(model).get_weights())
+    for variable in model.optimizer.variables:
+        variable.assign(np.zeros(variable.shape))
+    model.fit(
+        *data["train"],
+        batch_size=BATCH_SIZE,
+        epochs=settings.epochs,
+        validation_data=data["validation"],
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or in a file a line, for each epoch
+    )
+
+
+def forecast(model, part, hours, length, scale):
+    """Returns a model's forecasts in °F, `[N, HORIZON]`."""
+    inputs, _ = make_windows(part, hours, length, scale)
+    outputs = model.predict(inputs, batch_size=BATCH_SIZE, verbose=0)
+    return last_known(part, hours) + scale.temperature * outputs
+
+
+def learned_scales(model):
+    """Returns SSMax's s, a list of heads for each layer."""
+    layers = model.layers[0].layers
+    blocks = [x for x in layers if isinstance(x, keras_ssattn.TransformerBlock)]
+    return [keras.ops.convert_to_numpy(x.attention.normalizer.s).tolist() for x in blocks]
+
+
+# --- 3. Another process, another backend ---------------------------------------------------
+
+RELOAD = """
+import sys
+import keras, numpy
+import keras_ssattn  # registers the layers that the file names
+model = keras.saving.load_model(sys.argv[1], compile=False)
+numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2]), verbose=0))
+"""
+
+
+def other_backends():
+    """Returns the backends that are installed beside the one in use."""
+    names = ("jax", "tensorflow", "torch")
+    return [x for x in names if x != keras.config.backend() and importlib.util.find_spec(x)]
+
+
+def predict_elsewhere(path, inputs, backend):
+    """Returns the outputs of a saved model, loaded by a new process on another backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, returned = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
+        np.save(given, inputs)
+        subprocess.run(
+            [sys.executable, "-c", RELOAD, str(path), str(given), str(returned)],
+            env={**os.environ, "KERAS_BACKEND": backend},
+            check=True,
+        )
+        return np.load(returned)
+
+
+def check_reload(model, path, inputs):
+    """Saves a model and returns how far it is from itself, reloaded here and elsewhere."""
+    model.save(path)
+    outputs = model.predict(inputs, verbose=0)
+    here = keras.saving.load_model(path, compile=False)
+    reloaded = {"this process": here.predict(inputs, verbose=0)}
+    for backend in other_backends():
+        reloaded[backend] = predict_elsewhere(path, inputs, backend)
+    return {name: float(np.abs(x - outputs).max()) for name, x in reloaded.items()}
+
+
+# --- 4. All of it ------------------------------------------------------------------------
+
+
+def parse_arguments(arguments=None):
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a run of seconds, to try it out")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--epochs", type=int, help="passes over the training windows")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    return parser.parse_args(arguments)
+
+
+def describe_data(parts, num_windows, num_forecasts):
+    """Returns a few lines on the data."""
+    rows = [
+        f"  {name}: {part.index[0]:%d %b %Y} to {part.index[-1]:%d %b %Y}, {len(part)} hours, "
+        f"{part['temp'].min():.1f} to {part['temp'].max():.1f} °F"
+        for name, part in parts.items()
+    ]
+    rows.append(f"  {num_windows} windows to train on, {num_forecasts} forecasts to test")
+    return "\n".join(["Hourly temperatures in Seattle:", *rows])
+
+
+def run(settings, first_seed, output):
+    """Trains, tests and saves the models; returns the results, and one forecast to plot."""
+    parts = split(load_table())
+    scale = measure_scale(parts["train"])
+    data = {}
+    for name in ("train", "validation"):
+        hours = forecast_hours(parts[name], LENGTHS[0], settings.train_step)
+        data[name] = make_windows(parts[name], hours, LENGTHS[0], scale)
+    # Windows of every length precede the same hours, so that their errors compare.
+    test, hours = parts["test"], forecast_hours(parts["test"], max(LENGTHS), settings.test_step)
+    print(describe_data(parts, len(data["train"][0]), len(hours)))
+
+    forecasts, seconds, learned_s = {name: [] for name in NORMALIZERS}, {}, []
+    for name in NORMALIZERS:
+        start = time.perf_counter()
+        model = make_model(name, settings, settings.epochs * len(data["train"][0]) // BATCH_SIZE)
+        if name == "ssmax":
+            ssmax, initial_s = model, learned_scales(model)
+        for seed in range(first_seed, first_seed + settings.num_seeds):
+            print(f"\n{name}, seed {seed}:", flush=True)
+            train(model, data, settings, seed)
+            made = {length: forecast(model, test, hours, length, scale) for length in LENGTHS}
+            forecasts[name].append(made)
+            if name == "ssmax":
+                learned_s.append(learned_scales(model))
+        seconds[name] = time.perf_counter() - start
+
+    def error(forecast):
+        return float(np.abs(forecast - future(test, hours)).mean())
+
+    sample, _ = make_windows(test, hours[:8], max(LENGTHS), scale)
+    results = {
+        "errors": {
+            name: {str(length): [error(made[length]) for made in by_seed] for length in LENGTHS}
+            for name, by_seed in forecasts.items()
+        },
+        "baselines": {name: error(x) for name, x in naive_forecasts(test, hours).items()},
+        "initial_s": initial_s,
+        "learned_s": learned_s,
+        "model_seconds": seconds,
+        "reload_difference": check_reload(ssmax, output / "quickstart.keras", sample),
+        "output_unit_in_degrees": scale.temperature,
+    }
+    middle = len(hours) // 2
+    known = test["temp"].iloc[hours[middle] - LENGTHS[0] : hours[middle] + HORIZON]
+    shown = {
+        length: {name: by_seed[0][length][middle] for name, by_seed in forecasts.items()}
+        for length in (min(LENGTHS), max(LENGTHS))
+    }
+    return results, known, shown
+
+
+def main():
+    """Runs the example and writes its results, plot and model."""
+    start = time.perf_counter()
+    options = parse_arguments()
+    settings = SMALL if options.small else Settings()
+    if options.epochs is not None:
+        settings = dataclasses.replace(settings, epochs=options.epochs)
+    options.output.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("tensorflow").setLevel("ERROR")  # three lengths are three traces, as meant
+    backend = keras.config.backend()
+    versions = {x: importlib.import_module(x).__version__ for x in ("keras", backend)}
+    versions["keras_ssattn"] = keras_ssattn.__version__
+    print(f"Backend: {backend} (set KERAS_BACKEND for another). Versions: {versions}")
+
+    results, known, shown = run(settings, options.seed, options.output)
+    results |= {
+        "backend": backend,
+        "versions": versions,
+        "settings": dataclasses.asdict(settings) | {"first_seed": options.seed},
+        "seconds": time.perf_counter() - start,
+    }
+    print(report.describe(results))
+    report.plot(results, known, shown).savefig(options.output / "quickstart.png", dpi=130)
+    (options.output / "quickstart.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nSaved quickstart.json, .png and .keras in {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The benchmarks run, write what they should, and compare like with like. Nothing is timed."""
+
+import importlib.util
+import json
+import math
+import operator
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import relative_error, to_numpy
+
+import keras_ssattn
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks"
+SIZES = {"embed_dim": 12, "num_heads": 2, "num_layers": 2, "window_size": 7}
+NORMALIZERS = ("ssmax", "softmax", "softpick", "rectified_softpick")
+LAYERS_OF_BLOCK = {  # of the reference: of our block
+    "attention_norm": "attention_norm",
+    "attention": "attention",
+    "feed_forward_norm": "feed_forward_norm",
+    "up": "feed_forward.up",
+    "down": "feed_forward.down",
+}
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    path = BENCHMARKS / "train_step.py"
+    spec = importlib.util.spec_from_file_location("train_step_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_small(script, output):
+    command = [sys.executable, str(BENCHMARKS / script), "--small", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+def numbers_in(value):
+    """All numbers in nested dictionaries."""
+    if isinstance(value, dict):
+        return [number for entry in value.values() for number in numbers_in(entry)]
+    return [] if isinstance(value, str) else [value]
+
+
+def build_ours(normalizer, **options):
+    sizes = {**SIZES, "hidden_size": SIZES["embed_dim"]}
+    return keras_ssattn.build(**sizes, normalizer=normalizer, **options)
+
+
+def copy_weights(ours, reference):
+    for i in range(1, SIZES["num_layers"] + 1):
+        block = ours.get_layer(f"softmax_block_{i}")
+        for name, path in LAYERS_OF_BLOCK.items():
+            assign(operator.attrgetter(path)(block), reference.get_layer(f"{name}_{i}"))
+    assign(ours.get_layer("final_norm"), reference.get_layer("final_norm"))
+
+
+def assign(layer, source):
+    for weight, value in zip(layer.weights, source.weights, strict=True):
+        weight.assign(value)
+
+
+def test_train_step_reports_every_model(tmp_path, backend):
+    result, printed = run_small("train_step.py", tmp_path / "result.json")
+    assert result["backend"] == backend
+    assert set(result["versions"]) == {"python", "keras", backend, "keras_ssattn"}
+    assert set(result["models"]) == {"keras.layers.MultiHeadAttention", *NORMALIZERS}
+    for name, row in result["models"].items():
+        assert name in printed
+        for clock in ("wall", "processor"):
+            assert set(row[clock]) == {"seconds", "ratio", "ratio_low", "ratio_high"}
+    assert all(math.isfinite(x) and x > 0 for x in numbers_in(result))
+
+
+def test_import_time_reports_both_imports(tmp_path, backend):
+    result, printed = run_small("import_time.py", tmp_path / "result.json")
+    assert result["backend"] == backend
+    assert {"keras_seconds", "keras_ssattn_seconds"} <= set(result)
+    assert "import keras_ssattn" in printed
+    assert all(math.isfinite(x) and x > 0 for x in numbers_in(result))
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_the_models_compared_have_equally_many_parameters(train_step, normalizer):
+    s = SIZES["num_heads"] * SIZES["num_layers"] if normalizer == "ssmax" else 0
+    reference = train_step.build_reference(**SIZES)
+    assert build_ours(normalizer).count_params() == reference.count_params() + s
+
+
+def test_the_models_compared_have_equal_outputs_and_training(train_step, rng):
+    reference = train_step.build_reference(**SIZES, dropout=0.0)
+    for weight in reference.weights:  # biases and gains that are not all 0 and 1
+        weight.assign(rng.normal(0.3, 0.2, weight.shape).astype("float32"))
+    ours = build_ours("softmax", dropout=0.0)
+    copy_weights(ours, reference)
+    x = rng.normal(size=(5, SIZES["window_size"], SIZES["embed_dim"])).astype("float32")
+    y = rng.normal(size=(5, SIZES["embed_dim"])).astype("float32")
+    assert relative_error(to_numpy(ours(x)), to_numpy(reference(x))) < 1e-5
+    losses = []
+    for model in (ours, reference):
+        model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+        losses.append([float(model.train_on_batch(x, y)) for _ in range(3)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_the_models_compared_drop_out_at_as_many_places(train_step):
+    def rates(model):
+        return [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+
+    num_layers = SIZES["num_layers"]
+    ours = build_ours("ssmax")
+    blocks = [ours.get_layer(f"ssmax_block_{i}") for i in range(1, num_layers + 1)]
+    inside = [b.attention_dropout.rate for b in blocks]
+    inside += [b.feed_forward_dropout.rate for b in blocks]
+    assert [b.attention.dropout for b in blocks] == [0.0] * num_layers
+    assert rates(ours) + inside == [0.1] * (3 * num_layers - 1)
+    assert rates(train_step.build_reference(**SIZES)) == [0.1] * (3 * num_layers - 1)

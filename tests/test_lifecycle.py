@@ -1,0 +1,406 @@
+"""Training, precision, seeds, masks, quantization, LoRA and cloning, through Keras's own API."""
+
+import keras
+import numpy as np
+import pytest
+from scripts.cases import (
+    FEATURES,
+    NORMALIZERS,
+    TIME,
+    attention_model,
+    randomize,
+    sequence_model,
+    sequences,
+)
+
+import keras_ssattn
+from keras_ssattn.layers import MultiHeadAttention, SSMax, TransformerBlock
+
+to_numpy = keras.ops.convert_to_numpy
+
+
+def predict(model, x):
+    """The output in inference mode as float32; `model.predict` without compiling a function."""
+    return to_numpy(keras.ops.cast(model(x, training=False), "float32"))
+
+
+def train(model, x, y, learning_rate=0.5, **options):
+    model.compile(keras.optimizers.SGD(learning_rate), "mse")
+    options = {"batch_size": len(x), "epochs": 1, "shuffle": False, "verbose": 0, **options}
+    return model.fit(x, y, **options).history["loss"]
+
+
+def values(weights):
+    return {weight.path: to_numpy(weight) for weight in weights}
+
+
+def changed(before, after):
+    return {path for path in before if np.abs(before[path] - after[path]).max() > 1e-6}
+
+
+# Training
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_one_step_of_fit_moves_every_trainable_weight_and_no_other(normalizer):
+    model = attention_model(normalizer, use_bias=False)
+    trainable = {weight.path for weight in model.trainable_weights}
+    before = values(model.weights)
+    train(model, sequences(), sequences(seed=4))
+    assert changed(before, values(model.weights)) == trainable
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "learned"),
+    [
+        ("ssmax", {"s"}),
+        ("ssmax_bias", {"s", "b"}),
+        ("ssmax_auto", {"s"}),
+        ("softpick_scaled", {"s"}),
+        ("ssmax_fixed", set()),
+        ("ssmax_shift", set()),
+        ("softmax", set()),
+        ("softpick", set()),
+        ("rectified_softpick", set()),
+    ],
+)
+def test_learned_parameters_of_the_normalizer(normalizer, learned):
+    attention = attention_model(normalizer).get_layer("attention")
+    found = [w for w in attention.trainable_weights if "normalizer" in w.path]
+    assert {w.name for w in found} == learned
+    assert all(w.shape == (2,) for w in found)
+
+
+@pytest.mark.parametrize("normalizer", ["ssmax_fixed", "ssmax_shift"])
+def test_fixed_s_is_a_non_trainable_weight(normalizer):
+    model = attention_model(normalizer)
+    assert [w.name for w in model.non_trainable_weights] == ["s"]
+    np.testing.assert_array_equal(to_numpy(model.non_trainable_weights[0]), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("copy", ["clone", "config"])
+@pytest.mark.parametrize("stand_alone", [True, False])
+def test_frozen_model_that_is_copied_can_be_thawed(copy, stand_alone):
+    if stand_alone:
+        inputs = keras.Input((TIME,))
+        model = keras.Model(inputs, SSMax(use_bias=True)(inputs))
+    else:
+        model = attention_model("ssmax_bias")
+    names = [w.name for w in model.trainable_weights]
+    model.layers[-1].trainable = False
+    model = (
+        keras.models.clone_model(model)
+        if copy == "clone"
+        else keras.Model.from_config(model.get_config())
+    )
+    assert model.trainable_weights == []
+    model.trainable = True
+    assert [w.name for w in model.trainable_weights] == names
+
+
+def regressor(**options):
+    core = sequence_model("ssmax_bias", output_mode="mean_pool", **options)
+    return keras.Sequential([core, keras.layers.Dense(3, name="head")])
+
+
+def run_life_cycle(model, **compile_options):
+    """What compile, fit, evaluate and predict give, as numbers."""
+    x, y = sequences(11), sequences(11)[:, :3].mean(-1)
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"], **compile_options)
+    history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history
+    evaluation = model.evaluate(x, y, batch_size=4, verbose=0)
+    return history["loss"], evaluation, model.predict(x, batch_size=4, verbose=0)
+
+
+def assert_learns_as_if_eager(model, eager, **compile_options):
+    eager.set_weights(model.get_weights())
+    loss, evaluation, prediction = run_life_cycle(model, **compile_options)
+    expected_loss, expected_evaluation, expected = run_life_cycle(eager, run_eagerly=True)
+    assert loss[1] < loss[0]
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(evaluation, expected_evaluation, rtol=1e-5)
+    np.testing.assert_allclose(prediction, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fit_evaluate_predict_with_jit_compile_auto_agree_with_eager():
+    assert_learns_as_if_eager(regressor(), regressor(), jit_compile="auto")
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="torch.compile has a smaller test of its own"
+)
+def test_fit_evaluate_predict_with_jit_compile_true_agree_with_eager():
+    assert_learns_as_if_eager(regressor(), regressor(), jit_compile=True)
+
+
+def test_any_batch_and_length_with_window_size_none():
+    model = sequence_model(window_size=None, output_mode="mean_pool")
+    batches = [(4, 7), (3, 11), (4, 5), (1, 1)]
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, i):
+            batch, time = batches[i]
+            return sequences(batch, time), np.ones((batch, 10), "float32")
+
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    losses = model.fit(Batches(), epochs=2, shuffle=False, verbose=0).history["loss"]
+    assert losses[1] < losses[0]
+    fixed = sequence_model(window_size=11, output_mode="mean_pool")
+    fixed.set_weights(model.get_weights())
+    x = sequences(3, 11)
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), fixed.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+# Precision
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("normalizer", ["ssmax_bias", "softpick_scaled", "rectified_softpick"])
+def test_mixed_precision_fit(policy, normalizer):
+    keras.config.set_dtype_policy(policy)
+    model = attention_model(normalizer, use_bias=False)
+    assert {w.dtype for w in model.weights} == {"float32"}
+    assert model.output.dtype == policy.removeprefix("mixed_")
+    before = values(model.trainable_weights)
+    loss = train(model, sequences(), sequences(seed=4), epochs=3)
+    assert np.isfinite(loss).all()
+    assert changed(before, values(model.trainable_weights)) == set(before)
+    assert {w.dtype for w in model.weights} == {"float32"}
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("output_mode", ["last_timestep", "all", "mean_pool"])
+def test_mixed_precision_agrees_with_float32(policy, output_mode):
+    reference = randomize(sequence_model("ssmax_bias", output_mode=output_mode))
+    keras.config.set_dtype_policy(policy)
+    model = sequence_model("ssmax_bias", output_mode=output_mode)
+    model.set_weights(reference.get_weights())
+    x = sequences()
+    y = model(x)
+    assert keras.utils.standardize_dtype(y.dtype) == policy.removeprefix("mixed_")
+    tolerance = {"mixed_bfloat16": 0.1, "mixed_float16": 0.02}[policy]
+    np.testing.assert_allclose(predict(model, x), predict(reference, x), atol=tolerance)
+
+
+def test_mixed_precision_keeps_s_exact():
+    # 1.003 is not a bfloat16: n^s would be off by far more than rounding of the logits.
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    layer = SSMax(init_s=1.003)
+    layer.build((None, 1000))
+    assert float(layer.s) == pytest.approx(1.003, abs=1e-7)
+    logits = np.zeros((1, 1000), "float32")
+    logits[0, 0] = 1.0
+    e = np.exp(1.003 * np.log(1000.0))
+    assert float(layer(logits)[0, 0]) == pytest.approx(e / (e + 999), rel=2**-8)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_pure_half_precision_fit_is_finite(policy):
+    keras.config.set_dtype_policy(policy)
+    model = attention_model("ssmax_bias")
+    assert {w.dtype for w in model.weights} == {policy}
+    loss = train(model, sequences(), sequences(seed=4), learning_rate=0.05, epochs=3)
+    assert np.isfinite(loss).all()
+    assert np.isfinite(predict(model, sequences())).all()
+
+
+# Seeds
+
+
+def run_with_dropout(seed):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((TIME, FEATURES))
+    x = MultiHeadAttention(2, 3, dropout=0.3, name="attention")(inputs, inputs)
+    x = TransformerBlock(2, causal=True, dropout=0.3, name="block")(x)
+    model = keras.Model(inputs, x)
+    loss = train(model, sequences(), sequences(seed=4), 0.1, batch_size=4, shuffle=True)
+    return loss, np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+def test_set_random_seed_makes_a_run_repeatable():
+    loss, weights = run_with_dropout(5)
+    same_loss, same_weights = run_with_dropout(5)
+    other_loss, _ = run_with_dropout(6)
+    assert same_loss == loss
+    np.testing.assert_array_equal(same_weights, weights)
+    assert other_loss != loss
+
+
+@pytest.mark.parametrize("part", ["attention", "block"])
+def test_dropout_acts_in_training_only(part):
+    inputs = keras.Input((TIME, FEATURES))
+    if part == "attention":
+        outputs = MultiHeadAttention(2, 3, dropout=0.5, seed=3)(inputs, inputs)
+    else:
+        outputs = TransformerBlock(2, dropout=0.5)(inputs)
+    model = keras.Model(inputs, outputs)
+    x = sequences()
+    np.testing.assert_array_equal(predict(model, x), predict(model, x))
+    first, second = (to_numpy(model(x, training=True)) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-2
+
+
+# Models of the user's own, and masks
+
+
+class Subclassed(keras.Model):
+    """A user's model around a `keras_ssattn.build`, with padding masked out."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.masking = keras.layers.Masking()
+        self.core = sequence_model(window_size=None, output_mode="all")
+        self.pool = keras.layers.GlobalAveragePooling1D()
+        self.head = keras.layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        x = self.core(self.masking(inputs), training=training)
+        return self.head(self.pool(x))
+
+
+def functional():
+    inputs = keras.Input((None, FEATURES))
+    x = keras.layers.Masking()(inputs)
+    x = sequence_model(window_size=None, output_mode="all")(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3)(x))
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.layers.Masking(),
+            sequence_model(window_size=None, output_mode="all"),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def pad(x, left, right):
+    return np.pad(x, ((0, 0), (left, right), (0, 0)))
+
+
+@pytest.mark.parametrize("make", [functional, sequential, Subclassed])
+def test_models_of_the_user_train_and_ignore_padding(make):
+    model = make()
+    x, y = sequences(8, 5), np.ones((8, 3), "float32")
+    losses = train(model, pad(x, 0, 2), y, learning_rate=0.1, epochs=2)
+    assert losses[1] < losses[0]
+    np.testing.assert_allclose(predict(model, pad(x, 0, 6)), predict(model, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("normalizer", ["ssmax_bias", "softpick_scaled", "rectified_softpick"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("output_mode", ["last_timestep", "mean_pool", "all"])
+def test_padding_does_not_change_the_output(normalizer, side, output_mode):
+    core = sequence_model(normalizer, window_size=None, output_mode=output_mode)
+    model = randomize(keras.Sequential([keras.layers.Masking(), core]))
+    x = sequences(3, 5)
+    left, right = (4, 0) if side == "left" else (0, 4)
+    y = predict(model, pad(x, left, right))
+    if output_mode == "all":
+        y = y[:, left : left + 5]
+    np.testing.assert_allclose(y, predict(model, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_fully_padded_rows_train_and_predict_finite(normalizer):
+    core = sequence_model(normalizer, window_size=None, output_mode="mean_pool")
+    model = keras.Sequential([keras.layers.Masking(), core])
+    x = sequences(4, 5)
+    x[1] = 0.0
+    loss = train(model, x, np.ones((4, 10), "float32"), learning_rate=0.1)
+    assert np.isfinite(loss).all()
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    y = predict(model, x)
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(y[1], 0.0)
+
+
+# Cloning
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_clone_model(normalizer):
+    model = randomize(sequence_model(normalizer))
+    clone = keras.models.clone_model(model)
+    assert type(clone) is type(model)
+    assert clone.get_config() == model.get_config()
+    x = sequences()
+    assert np.abs(predict(clone, x) - predict(model, x)).max() > 1e-2
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(predict(clone, x), predict(model, x))
+
+
+# Quantization and LoRA
+
+PARTS = {
+    "attention": lambda x: MultiHeadAttention(
+        4, 3, num_kv_heads=2, normalizer=SSMax(use_bias=True), name="part"
+    )(x, x),
+    "block": lambda x: TransformerBlock(2, ffn_type="gated", qk_norm=True, name="part")(x),
+    "cross": lambda x: TransformerBlock(2, cross_attention=True, name="part")(x, x[:, :5]),
+    "feed_forward": lambda x: keras_ssattn.layers.FeedForward(5, name="part")(x),
+}
+COUNTS = {"attention": 4, "block": 7, "cross": 10, "feed_forward": 2}
+
+
+def part_model(part):
+    inputs = keras.Input((TIME, FEATURES))
+    return randomize(keras.Model(inputs, PARTS[part](inputs)))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_quantize_int8(part):
+    model, x = part_model(part), sequences()
+    expected = predict(model, x)
+    scales = {w.path: to_numpy(w) for w in model.weights if w.name in ("s", "b")}
+    model.quantize("int8")
+    projections = model.get_layer("part").projections()
+    assert [p.quantization_mode for p in projections] == ["int8"] * COUNTS[part]
+    assert {str(p.kernel.dtype) for p in projections} == {"int8"}
+    y = predict(model, x)
+    error = np.abs(y - expected).max() / np.abs(expected).max()
+    assert 0 < error < 0.05
+    for weight in model.weights:
+        if weight.name in ("s", "b"):
+            assert weight.dtype == "float32"
+            np.testing.assert_array_equal(to_numpy(weight), scales[weight.path])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_lora_trains_adapters_and_keeps_kernels(part):
+    model, x = part_model(part), sequences()
+    expected = predict(model, x)
+    projections = model.get_layer("part").projections()
+    kernels = [to_numpy(p.kernel) for p in projections]
+    assert len(projections) == COUNTS[part]
+    for projection in projections:
+        projection.enable_lora(rank=2)
+    np.testing.assert_allclose(predict(model, x), expected, atol=1e-6)  # adapters start at 0
+    before = values(model.trainable_weights)
+    train(model, x, sequences(seed=4), learning_rate=0.1, epochs=2)
+    moved = changed(before, values(model.trainable_weights))
+    for projection, kernel in zip(projections, kernels, strict=True):
+        np.testing.assert_array_equal(to_numpy(projection._kernel), kernel)
+        assert projection.lora_kernel_b.path in moved
+    scales = {w.path for w in model.weights if w.name in ("s", "b")}
+    assert scales <= moved
+
+
+def test_lora_on_a_quantized_model_trains():
+    model, x = part_model("attention"), sequences()
+    model.quantize("int8")
+    for projection in model.get_layer("part").projections():
+        projection.enable_lora(rank=2)
+    before = values(model.trainable_weights)
+    assert np.isfinite(train(model, x, sequences(seed=4), learning_rate=0.1)).all()
+    moved = changed(before, values(model.trainable_weights))
+    assert "part/normalizer/length_scale/s" in moved
+    assert sum("lora_kernel_b" in path for path in moved) == 4
