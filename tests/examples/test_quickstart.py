@@ -1,6 +1,7 @@
 """The quickstart runs at a small size, leaks nothing, and reports what it measured."""
 
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -69,7 +70,7 @@ def test_persistence_is_what_it_says(run, quickstart):
 
 def test_parts_follow_each_other_in_time(quickstart):
     parts = list(quickstart.split(quickstart.load_table()).values())
-    for earlier, later in zip(parts, parts[1:], strict=False):
+    for earlier, later in itertools.pairwise(parts):
         assert earlier.index[-1] < later.index[0]
 
 
