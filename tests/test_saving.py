@@ -133,7 +133,7 @@ def call(layer, inputs):
 
 
 def test_every_public_layer_is_in_the_table():
-    assert {cls.__name__ for cls in LAYERS} == set(layers.__all__)
+    assert {cls.__name__ for cls in LAYERS} == set(layers.__all__) - {"Normalizer"}  # a base class
 
 
 @pytest.mark.parametrize("cls", LAYERS)

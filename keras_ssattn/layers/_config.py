@@ -25,6 +25,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
 
 
+def freeze_sublayers(layer: Any) -> None:
+    """Carries `trainable=False` on to the layers that `build` has just made."""
+    if not layer.trainable:
+        layer.trainable = False
+
+
 def serialize_options(layer: Any) -> dict[str, Any]:
     """The class and options of a layer held by another, the same before and after building."""
     config = keras.saving.serialize_keras_object(layer)

@@ -9,6 +9,7 @@ from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
     check_positive,
     check_rate,
+    freeze_sublayers,
     serialize_options,
     serialize_policy,
 )
@@ -180,6 +181,7 @@ class MultiHeadAttention(keras.layers.Layer):
             )
             self.query_norm.build((*query_shape[:-1], self.num_heads, self.key_dim))
             self.key_norm.build((*key_shape[:-1], self.num_kv_heads, self.key_dim))
+        freeze_sublayers(self)
 
     def _projection(self, name: str, equation: str, output_shape: tuple) -> Any:
         def fresh(initializer: Any) -> Any:  # one instance gives every kernel the same values

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_ssattn.layers._config import check_positive, serialize_policy
+from keras_ssattn.layers._config import check_positive, freeze_sublayers, serialize_policy
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -73,6 +73,7 @@ class FeedForward(keras.layers.Layer):
         activation = None if self.gated else self.activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)
+        freeze_sublayers(self)
 
     def projections(self) -> list[Any]:
         """The `Dense` layers, on which `quantize` and `enable_lora` work."""

@@ -101,6 +101,7 @@ class LogLengthScale(LengthScale):
     """
 
     uses_count = True
+    has_gradient = True  # SSMax's "shift" formula takes it away
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class LogLengthScale(LengthScale):
             name=name,
             shape=() if self.num_heads is None else (self.num_heads,),
             initializer=keras.initializers.Constant(value),
-            trainable=self.trainable,
+            trainable=self.has_gradient,
             autocast=False,
         )
 

@@ -87,16 +87,16 @@ class SSMax(Normalizer):
             raise ValueError(
                 '`use_bias` must be False with `formula="shift"`. Received: use_bias=True'
             )
-        trainable = kwargs.get("trainable", True) and formula == "scale"
         scale = LogLengthScale(
             init_s,
             use_bias,
             train_length,
             num_heads,
-            trainable=trainable,
+            trainable=kwargs.get("trainable", True),
             dtype=kwargs.get("dtype"),
             name="length_scale",
         )
+        scale.has_gradient = formula == "scale"
         super().__init__(axis, scale, **kwargs)
         self.formula = formula
 

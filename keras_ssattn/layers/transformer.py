@@ -9,6 +9,7 @@ from keras_ssattn.layers._config import (
     check_choice,
     check_positive,
     check_rate,
+    freeze_sublayers,
     serialize_options,
     serialize_policy,
 )
@@ -155,6 +156,7 @@ class TransformerBlock(keras.layers.Layer):
         self.feed_forward.build(inputs_shape)
         self.feed_forward_norm = self._norm("feed_forward_norm", inputs_shape)
         self.feed_forward_dropout = self._dropout("feed_forward_dropout")
+        freeze_sublayers(self)
 
     def _attention(self, name: str, size: int, sliding_window: int | None = None) -> Any:
         return MultiHeadAttention(
