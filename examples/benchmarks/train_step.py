@@ -10,7 +10,7 @@ over the threads of the process: it matters less what else runs, and it says not
 """
 
 import argparse
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import os
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> dict:
         "versions": {
             "python": platform.python_version(),
             "keras": keras.version(),
-            backend: importlib.metadata.version(backend),
+            backend: importlib.import_module(backend).__version__,
             "keras_ssattn": keras_ssattn.__version__,
         },
         "cpu_count": os.cpu_count(),

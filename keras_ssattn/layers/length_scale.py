@@ -60,6 +60,12 @@ class LengthScale(keras.layers.Layer):
     def call(self, n: Any) -> Any:
         return ops.ones_like(n, dtype="float32")
 
+    def compute_output_shape(self, n_shape: Any) -> tuple:
+        return tuple(n_shape)
+
+    def compute_output_spec(self, n: Any) -> Any:
+        return keras.KerasTensor(self.compute_output_shape(n.shape), dtype="float32")
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "num_heads": self.num_heads}
 
@@ -144,6 +150,11 @@ class LogLengthScale(LengthScale):
             s = ops.expand_dims(s, -1)  # [H, 1]
             b = ops.expand_dims(b, -1) if self.use_bias else b
         return log_length_scale(n, s, b)
+
+    def compute_output_shape(self, n_shape: Any) -> tuple:
+        if self.num_heads is None:
+            return tuple(n_shape)
+        return (*n_shape[:-2], self.num_heads, n_shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,8 @@ class Normalizer(keras.layers.Layer):
 
     Args:
         axis: the axis, or axes, to normalize over. Defaults to the last one.
-        length_scale: a `LengthScale` layer, or its config; `None` for none.
+        length_scale: a `LengthScale` layer, or its config; `None` for none. A layer is a
+            specification: its options are copied, its parameters are not shared.
 
     Call arguments:
         logits: floating-point tensor of any shape.
@@ -41,7 +42,7 @@ class Normalizer(keras.layers.Layer):
     def __init__(self, axis: Any = -1, length_scale: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.axis = axis
+        self.axis = tuple(axis) if isinstance(axis, list) else axis
         self.length_scale = _length_scale(length_scale)
 
     def kernel_options(self) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def _length_scale(value: Any) -> LengthScale:
             "`length_scale` must be a `LengthScale` layer, its config, or None. Received: "
             f"length_scale={value!r}"
         )
-    return value
+    # A copy, under a name that does not depend on how many others there are.
+    return type(value).from_config({**value.get_config(), "name": "length_scale"})
 
 
 def align_left(mask: Any, logits: Any) -> Any:

@@ -94,10 +94,9 @@ class SSMax(Normalizer):
             num_heads,
             trainable=kwargs.get("trainable", True),
             dtype=kwargs.get("dtype"),
-            name="length_scale",
         )
-        scale.has_gradient = formula == "scale"
         super().__init__(axis, scale, **kwargs)
+        self.length_scale.has_gradient = formula == "scale"
         self.formula = formula
 
     @property
