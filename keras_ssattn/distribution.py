@@ -43,12 +43,13 @@ def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
             f"model_axis={model_axis!r}"
         )
     layouts = keras.distribution.LayoutMap(device_mesh)
-    attention = ".*attention/"
+    attention = r".*(attention|attn)(_\d+)?/"
+    feed_forward = r".*feed_forward(_\d+)?/"
     layouts[attention + "(query|key|value)/kernel"] = (None, model_axis, None)  # [E, H, D]
     layouts[attention + "(query|key|value)/bias"] = (model_axis, None)  # [H, D]
     layouts[attention + "attention_output/kernel"] = (model_axis, None, None)  # [H, D, E]
     layouts[attention + "normalizer/.*(s|b)$"] = (model_axis,)  # [H]
-    layouts[".*feed_forward/(gate|up)/kernel"] = (None, model_axis)  # [E, F]
-    layouts[".*feed_forward/(gate|up)/bias"] = (model_axis,)  # [F]
-    layouts[".*feed_forward/down/kernel"] = (model_axis, None)  # [F, E]
+    layouts[feed_forward + "(gate|up)/kernel"] = (None, model_axis)  # [E, F]
+    layouts[feed_forward + "(gate|up)/bias"] = (model_axis,)  # [F]
+    layouts[feed_forward + "down/kernel"] = (model_axis, None)  # [F, E]
     return layouts

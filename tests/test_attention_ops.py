@@ -306,3 +306,19 @@ def test_any_visibility(
     actual = to_numpy(ops.attention(*arrays, normalizer, **case))
     tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_length_scale_does_not_overflow_a_half_query(normalizer, rng):
+    """Large queries and small keys: the logits are moderate, the scaled query is not."""
+    q, k, v = inputs(rng, length=7)
+    arrays = [keras.ops.cast(x, "float16") for x in (q * 1e4, k * 1e-4, v)]
+    scale = np.full((1, 1, 7), 8.0, "float32")
+    expected = oracle.attention(
+        *(to_numpy(x) for x in arrays), normalizer.replace("ssmax", "softmax"), scale=8.0 / 8**0.5
+    )
+    for implementation in implementations(normalizer):
+        actual = ops.attention(
+            *arrays, normalizer, length_scale=scale, implementation=implementation
+        )
+        assert relative_error(to_numpy(actual), expected) < 2e-3

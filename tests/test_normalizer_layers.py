@@ -139,6 +139,7 @@ ERRORS = [
     (lambda: layers.SSMax(num_heads=0), "`num_heads` must be a positive integer or None.*0"),
     (lambda: layers.Softpick(length_scale=3.0), "`length_scale` must be a `LengthScale`.*3.0"),
     (lambda: layers.RectifiedSoftpick(epsilon=-1), "`epsilon` must be a positive number.*-1"),
+    (lambda: layers.RectifiedSoftpick(epsilon=1e-50), "`epsilon` must be a positive.*1e-50"),
     (lambda: layers.Softpick(axis=5)(np.ones((2, 3), "float32")), r"`axis` must lie in \[-2, 2\)"),
 ]
 
@@ -152,3 +153,9 @@ def test_errors(call, match):
 def test_float_mask_is_refused():
     with pytest.raises(TypeError, match="`mask` must be a boolean mask"):
         layers.SSMax()(np.ones((2, 3), "float32"), mask=np.ones((2, 3), "float32"))
+
+
+def test_mask_of_another_rank_is_refused():
+    mask = np.array([True, True, False])
+    with pytest.raises(ValueError, match=r"`mask` must have the rank of the logits.*\(3,\)"):
+        layers.SSMax()(np.zeros((3, 3), "float32"), mask=mask)

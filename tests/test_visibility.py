@@ -18,6 +18,13 @@ CASES = {
     "causal window": {"causal": True, "window": 3},
     "offset": {"causal": True, "query_offset": 4},
     "offset per row": {"causal": True, "window": 2, "query_offset": np.array([0, 5])},
+    "negative offset": {"causal": True, "query_offset": np.array([-2, 1])},
+    "negative offset, window": {"causal": True, "window": 2, "query_offset": np.array([-2, 1])},
+    "negative offset, padding": {
+        "causal": True,
+        "query_offset": np.array([-2, 1]),
+        "key_mask": np.ones((2, 7), bool),
+    },
     "left padding": {"causal": True, "key_mask": np.arange(7) >= np.array([[3], [0]])},
     "right padding": {"key_mask": np.arange(7) < np.array([[3], [0]])},
     "padded window": {

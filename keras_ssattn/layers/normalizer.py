@@ -8,7 +8,7 @@ from keras import ops
 from keras_ssattn.layers._config import serialize_options
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import normalizers
-from keras_ssattn.ops._arguments import dtype_of, widen
+from keras_ssattn.ops._arguments import check_mask, dtype_of, widen
 
 
 class Normalizer(keras.layers.Layer):
@@ -24,8 +24,8 @@ class Normalizer(keras.layers.Layer):
 
     Call arguments:
         logits: floating-point tensor of any shape.
-        mask: boolean, True = attend, broadcastable to `logits` and of its rank. A mask of
-            lower rank is aligned to the left, as Keras's own masks `[batch, time]` are.
+        mask: boolean, True = attend, broadcastable to `logits` and of its rank; or Keras's own
+            `[batch, time]`, for logits of rank 3 or more.
 
     Returns:
         Weights of the shape and dtype of `logits`; masked entries and rows are 0.
@@ -110,6 +110,15 @@ def _length_scale(value: Any) -> LengthScale:
 
 def align_left(mask: Any, logits: Any) -> Any:
     """A mask with as many axes as the logits, those it lacks last, as Keras's masks lack them."""
-    while mask is not None and len(mask.shape) < len(logits.shape):
-        mask = ops.expand_dims(mask, -1)
-    return mask
+    if mask is None:
+        return None
+    mask = check_mask("mask", mask)
+    rank = len(logits.shape)
+    if len(mask.shape) == rank:
+        return mask
+    if len(mask.shape) == 2 and rank > 2:
+        return ops.expand_dims(mask, tuple(range(2, rank)))
+    raise ValueError(
+        f"`mask` must have the rank of the logits, or be Keras's own of shape [batch, time]. "
+        f"Received: mask with shape {tuple(mask.shape)}, logits with shape {tuple(logits.shape)}"
+    )

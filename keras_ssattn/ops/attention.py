@@ -87,7 +87,7 @@ def attention(
     visibility = {
         "mask": mask,
         "key_mask": key_mask,
-        "causal": causal,
+        "causal": bool(causal),
         "window": window,
         "query_offset": query_offset,
     }
@@ -141,7 +141,7 @@ def attention_weights(
     visibility = {
         "mask": mask,
         "key_mask": key_mask,
-        "causal": causal,
+        "causal": bool(causal),
         "window": window,
         "query_offset": query_offset,
     }
@@ -185,6 +185,10 @@ def _can_fuse(kernel: str) -> bool:
 
 def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> Any:
     """Softmax attention by `keras.ops.dot_product_attention`, which runs a fused kernel."""
+    dtype = dtype_of(value)
+    if dtype_of(query) == "float16" and not isinstance(factor, (int, float)):
+        # s log n times the query may pass the largest float16
+        query, key, value = widen(query), widen(key), widen(value)
     num_heads, num_kv_heads = query.shape[2], key.shape[2]
     if num_kv_heads == 1 < num_heads:  # more key heads are repeated inside
         key, value = (ops.repeat(x, num_heads, axis=2) for x in (key, value))
@@ -196,9 +200,10 @@ def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> A
     offset = visibility["query_offset"]
     masked = any(visibility[name] is not None for name in ("mask", "key_mask", "window"))
     if not masked and (not visibility["causal"] or (isinstance(offset, int) and offset == 0)):
-        return ops.dot_product_attention(
+        out = ops.dot_product_attention(
             query, key, value, scale=scale, is_causal=visibility["causal"]
         )
+        return ops.cast(out, dtype)
     visible = visible_keys(query_length, key_length, **visibility)
     # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
     # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
@@ -206,7 +211,8 @@ def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> A
     closed = ops.where(some, -float("inf"), 0.0)
     bias = ops.cast(ops.where(visible, 0.0, closed), dtype_of(query))
     out = ops.dot_product_attention(query, key, value, bias=bias, scale=scale)
-    return ops.where(ops.transpose(some, (0, 2, 1, 3)), out, ops.zeros_like(out))
+    out = ops.where(ops.transpose(some, (0, 2, 1, 3)), out, ops.zeros_like(out))
+    return ops.cast(out, dtype)
 
 
 def _check_tensors(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

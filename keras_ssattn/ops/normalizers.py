@@ -213,8 +213,15 @@ def rectified_softpick(x: Any, axis: Any = -1, mask: Any = None, epsilon: float 
 
 def check_epsilon(epsilon: Any) -> None:
     """Raises unless `epsilon` is a positive number."""
-    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real) or not float(epsilon) > 0:
-        raise ValueError(f"`epsilon` must be a positive number. Received: epsilon={epsilon!r}")
+    if (
+        isinstance(epsilon, bool)
+        or not isinstance(epsilon, numbers.Real)
+        or not 2.0**-126 <= float(epsilon) < float("inf")
+    ):
+        raise ValueError(
+            f"`epsilon` must be a positive number that float32 can hold. Received: "
+            f"epsilon={epsilon!r}"
+        )
 
 
 def _prepare(x: Any, axis: Any, mask: Any) -> tuple[Any, tuple[int, ...], Any, str]:

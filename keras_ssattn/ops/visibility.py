@@ -120,7 +120,7 @@ def key_count(
     first, end = None, None
     if causal or window is not None:
         position = _positions(query_length, query_offset)  # [B|1, T]
-        end = ops.minimum(position + (1 if causal else window), key_length)
+        end = ops.clip(position + (1 if causal else window), 0, key_length)
         if window is not None:
             first = ops.clip(position - window + 1, 0, end)
     if key_mask is None:
