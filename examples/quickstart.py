@@ -20,11 +20,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Keras reads its backend from the environment, once, when it is imported.
 os.environ.setdefault(
-    "KERAS_BACKEND", next(filter(importlib.util.find_spec, ("jax", "tensorflow", "torch")))
+    "KERAS_BACKEND",
+    next(filter(importlib.util.find_spec, ("jax", "tensorflow", "torch")), "tensorflow"),
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -39,9 +40,9 @@ NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 LENGTHS = (60, 240, 480)  # hours that a model looks back; it is trained on the first
 HORIZON = 24  # hours that it forecasts
 BATCH_SIZE = 32
-LEARNING_RATE = 3e-3  # this and the sizes below were chosen on the validation month
+LEARNING_RATE = 3e-3  # at first; the same for all models, tuned for none of them
 
-# Each part of the year is cut into windows by itself, so that no window reaches into another.
+# Each part of the year is cut into windows by itself, so that no window spans two of them.
 PARTS = {
     "train": ("2010-01-01", "2010-08-31"),
     "validation": ("2010-09-01", "2010-09-30"),
@@ -71,7 +72,7 @@ SMALL = Settings(
 
 
 def load_table():
-    """Returns hourly temperatures by date, in °F; the one hour that is missing, interpolated."""
+    """Returns temperatures in °F by date, every hour of 2010, with gaps interpolated."""
     return local_data.seattle_temps().set_index("date").asfreq("h").interpolate()
 
 
@@ -136,10 +137,40 @@ def naive_forecasts(part, hours):
     }
 
 
+class Task(NamedTuple):
+    """What models are trained on, and what they are to forecast."""
+
+    train: tuple
+    validation: tuple
+    test: Any  # the part of the table
+    hours: np.ndarray  # rows of it
+    scale: Scale
+
+
+def prepare(settings):
+    """Returns the `Task`, and says what is in it."""
+    parts = split(load_table())
+    print("Hourly temperatures in Seattle:")
+    for name, part in parts.items():
+        low, high = part["temp"].min(), part["temp"].max()
+        first, last = part.index[0], part.index[-1]
+        print(f"  {name}: {first:%d %b %Y} to {last:%d %b %Y}, {low:.1f} to {high:.1f} °F")
+    scale = measure_scale(parts["train"])
+    windows = {}
+    for name in ("train", "validation"):
+        hours = forecast_hours(parts[name], LENGTHS[0], settings.train_step)
+        windows[name] = make_windows(parts[name], hours, LENGTHS[0], scale)
+    # Windows of every length precede the same hours, so that their errors compare.
+    hours = forecast_hours(parts["test"], max(LENGTHS), settings.test_step)
+    print(f"{len(windows['train'][0])} windows of {LENGTHS[0]} hours to train on.")
+    print(f"{len(hours)} test forecasts of {HORIZON} hours, from windows of {LENGTHS} hours.")
+    return Task(**windows, test=parts["test"], hours=hours, scale=scale)
+
+
 # --- 2. Models ---------------------------------------------------------------------------
 
 
-def make_model(normalizer, settings, num_updates):
+def make_model(normalizer, settings, num_windows):
     """Returns a compiled forecaster: the package's transformer and one dense layer.
 
     The string "ssmax" is the package's default, s = 1 in every head. To start as ordinary
@@ -156,34 +187,35 @@ def make_model(normalizer, settings, num_updates):
     )
     head = keras.layers.Dense(HORIZON, name="forecast")
     model = keras.Sequential([transformer, head], name=normalizer)
+    num_updates = settings.epochs * num_windows // BATCH_SIZE
     rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, num_updates)
     model.compile(keras.optimizers.Adam(rate), loss="mae")
     return model
 
 
-def train(model, data, settings, seed):
-    """Trains a model from new weights; the seed fixes these and the order of the windows.
+def train(model, task, settings, seed):
+    """Trains a model from new weights that the seed fixes.
 
-    To train again needs no second compilation: only new weights and an optimizer set back.
+    To train it again takes no second compilation, only an optimizer set back to its start.
     """
     keras.utils.set_random_seed(seed)
     model.set_weights(keras.models.clone_model(model).get_weights())
     for variable in model.optimizer.variables:
         variable.assign(np.zeros(variable.shape))
     model.fit(
-        *data["train"],
+        *task.train,
         batch_size=BATCH_SIZE,
         epochs=settings.epochs,
-        validation_data=data["validation"],
+        validation_data=task.validation,
         verbose=1 if sys.stdout.isatty() else 2,  # a bar, or in a file a line, for each epoch
     )
 
 
-def forecast(model, part, hours, length, scale):
-    """Returns a model's forecasts in °F, `[N, HORIZON]`."""
-    inputs, _ = make_windows(part, hours, length, scale)
+def forecast(model, task, length):
+    """Returns a model's test forecasts in °F, `[N, HORIZON]`, from windows of a length."""
+    inputs, _ = make_windows(task.test, task.hours, length, task.scale)
     outputs = model.predict(inputs, batch_size=BATCH_SIZE, verbose=0)
-    return last_known(part, hours) + scale.temperature * outputs
+    return last_known(task.test, task.hours) + task.scale.temperature * outputs
 
 
 def learned_scales(model):
@@ -215,6 +247,7 @@ def predict_elsewhere(path, inputs, backend):
     with tempfile.TemporaryDirectory() as folder:
         given, returned = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
         np.save(given, inputs)
+        print(f"Loading the saved model on {backend}, in another process", flush=True)
         subprocess.run(
             [sys.executable, "-c", RELOAD, str(path), str(given), str(returned)],
             env={**os.environ, "KERAS_BACKEND": backend},
@@ -237,77 +270,65 @@ def check_reload(model, path, inputs):
 # --- 4. All of it ------------------------------------------------------------------------
 
 
-def parse_arguments(arguments=None):
-    """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a run of seconds, to try it out")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--epochs", type=int, help="passes over the training windows")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    return parser.parse_args(arguments)
+def train_and_forecast(task, settings, seeds):
+    """Trains each model with each seed; returns the forecasts, facts on them, and a model.
 
-
-def describe_data(parts, num_windows, num_forecasts):
-    """Returns a few lines on the data."""
-    rows = [
-        f"  {name}: {part.index[0]:%d %b %Y} to {part.index[-1]:%d %b %Y}, {len(part)} hours, "
-        f"{part['temp'].min():.1f} to {part['temp'].max():.1f} °F"
-        for name, part in parts.items()
-    ]
-    rows.append(f"  {num_windows} windows to train on, {num_forecasts} forecasts to test")
-    return "\n".join(["Hourly temperatures in Seattle:", *rows])
-
-
-def run(settings, first_seed, output):
-    """Trains, tests and saves the models; returns the results, and one forecast to plot."""
-    parts = split(load_table())
-    scale = measure_scale(parts["train"])
-    data = {}
-    for name in ("train", "validation"):
-        hours = forecast_hours(parts[name], LENGTHS[0], settings.train_step)
-        data[name] = make_windows(parts[name], hours, LENGTHS[0], scale)
-    # Windows of every length precede the same hours, so that their errors compare.
-    test, hours = parts["test"], forecast_hours(parts["test"], max(LENGTHS), settings.test_step)
-    print(describe_data(parts, len(data["train"][0]), len(hours)))
-
-    forecasts, seconds, learned_s = {name: [] for name in NORMALIZERS}, {}, []
+    The forecasts are in a dictionary of each seed's dictionary by length, by normalizer; the
+    model is that with SSMax and the last seed.
+    """
+    forecasts = {name: [] for name in NORMALIZERS}
+    facts = {"model_seconds": {}, "learned_s": []}
     for name in NORMALIZERS:
         start = time.perf_counter()
-        model = make_model(name, settings, settings.epochs * len(data["train"][0]) // BATCH_SIZE)
+        model = make_model(name, settings, len(task.train[0]))
         if name == "ssmax":
-            ssmax, initial_s = model, learned_scales(model)
-        for seed in range(first_seed, first_seed + settings.num_seeds):
+            ssmax, facts["initial_s"] = model, learned_scales(model)
+        for seed in seeds:
             print(f"\n{name}, seed {seed}:", flush=True)
-            train(model, data, settings, seed)
-            made = {length: forecast(model, test, hours, length, scale) for length in LENGTHS}
-            forecasts[name].append(made)
+            train(model, task, settings, seed)
+            forecasts[name].append({length: forecast(model, task, length) for length in LENGTHS})
             if name == "ssmax":
-                learned_s.append(learned_scales(model))
-        seconds[name] = time.perf_counter() - start
+                facts["learned_s"].append(learned_scales(model))
+        facts["model_seconds"][name] = time.perf_counter() - start
+    return forecasts, facts, ssmax
 
-    def error(forecast):
-        return float(np.abs(forecast - future(test, hours)).mean())
 
-    sample, _ = make_windows(test, hours[:8], max(LENGTHS), scale)
-    results = {
+def measure_errors(task, forecasts):
+    """Returns mean absolute errors of the models' forecasts and of the naive ones."""
+
+    def error(x):
+        return float(np.abs(x - future(task.test, task.hours)).mean())
+
+    naive = naive_forecasts(task.test, task.hours)
+    return {
+        "unit": "mean absolute error in degrees Fahrenheit",
         "errors": {
             name: {str(length): [error(made[length]) for made in by_seed] for length in LENGTHS}
             for name, by_seed in forecasts.items()
         },
-        "baselines": {name: error(x) for name, x in naive_forecasts(test, hours).items()},
-        "initial_s": initial_s,
-        "learned_s": learned_s,
-        "model_seconds": seconds,
-        "reload_difference": check_reload(ssmax, output / "quickstart.keras", sample),
-        "output_unit_in_degrees": scale.temperature,
+        "baselines": {name: error(x) for name, x in naive.items()},
     }
-    middle = len(hours) // 2
-    known = test["temp"].iloc[hours[middle] - LENGTHS[0] : hours[middle] + HORIZON]
-    shown = {
-        length: {name: by_seed[0][length][middle] for name, by_seed in forecasts.items()}
+
+
+def example_day(task, forecasts):
+    """Returns one forecast to plot: the hours before and during it, and what models said."""
+    i = len(task.hours) // 2
+    start = task.hours[i]
+    known = task.test["temp"].iloc[start - LENGTHS[0] : start + HORIZON]
+    return known, {
+        length: {name: by_seed[0][length][i] for name, by_seed in forecasts.items()}
         for length in (min(LENGTHS), max(LENGTHS))
     }
-    return results, known, shown
+
+
+def parse_arguments(arguments=None):
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="run all steps, train hardly at all")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--epochs", type=int, help="passes over the training windows")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    return parser.parse_args(arguments)
 
 
 def main():
@@ -324,17 +345,26 @@ def main():
     versions["keras_ssattn"] = keras_ssattn.__version__
     print(f"Backend: {backend} (set KERAS_BACKEND for another). Versions: {versions}")
 
-    results, known, shown = run(settings, options.seed, options.output)
-    results |= {
+    task = prepare(settings)
+    seeds = range(options.seed, options.seed + settings.num_seeds)
+    forecasts, facts, ssmax = train_and_forecast(task, settings, seeds)
+    sample, _ = make_windows(task.test, task.hours[:8], max(LENGTHS), task.scale)
+    results = {
+        **measure_errors(task, forecasts),
+        **facts,
+        "reload_difference": check_reload(ssmax, options.output / "quickstart.keras", sample),
+        "output_unit_in_degrees": task.scale.temperature,
         "backend": backend,
         "versions": versions,
-        "settings": dataclasses.asdict(settings) | {"first_seed": options.seed},
+        "settings": {**dataclasses.asdict(settings), "seeds": list(seeds)},
         "seconds": time.perf_counter() - start,
     }
     print(report.describe(results))
-    report.plot(results, known, shown).savefig(options.output / "quickstart.png", dpi=130)
+    figure = report.plot(results, *example_day(task, forecasts))
+    figure.savefig(options.output / "quickstart.png", dpi=130)
     (options.output / "quickstart.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nSaved quickstart.json, .png and .keras in {options.output}")
+    print(f"\nWrote quickstart.json, .png and .keras to {options.output}")
+    print(f"{time.perf_counter() - start:.0f} seconds in all")
 
 
 if __name__ == "__main__":

@@ -13,23 +13,31 @@ COLORS = {
 
 def describe(results):
     """Returns the table, what it shows, and the differences after reloading, as text."""
-    seeds = results["settings"]["num_seeds"]
-    unit = results["output_unit_in_degrees"]
+    seeds = len(results["settings"]["seeds"])
     return "\n".join(
         [
             "",
-            "Mean absolute error of the test forecasts in °F, by hours looked back; "
-            + ("one seed" if seeds == 1 else f"{seeds} seeds: mean (lowest-highest)"),
+            "Mean absolute error of the test forecasts in °F, by hours looked back",
+            "(one seed)" if seeds == 1 else f"({seeds} seeds: mean, lowest-highest)",
             table(results),
             "",
-            "What these numbers show:",
+            "What these numbers show",
             *(f"- {finding}" for finding in findings(results)),
             "",
-            "The SSMax model, saved and loaded again: largest difference of an output "
-            f"(1 is {unit:.1f} °F)",
-            *(f"- {where}: {x:.1e}" for where, x in results["reload_difference"].items()),
+            "Largest difference of an output when the SSMax model is saved and loaded again",
+            f"(outputs are in units of {results['output_unit_in_degrees']:.1f} °F)",
+            *(f"- {line}" for line in _reload_lines(results)),
         ]
     )
+
+
+def _reload_lines(results):
+    elsewhere = dict(results["reload_difference"])
+    yield f"in the same process, on {results['backend']}: {elsewhere.pop('this process'):.1e}"
+    for backend, difference in elsewhere.items():
+        yield f"in another process, on {backend}: {difference:.1e}"
+    if not elsewhere:
+        yield "on another backend: not tried, because no other backend is installed"
 
 
 def table(results):
@@ -115,12 +123,11 @@ def _ssmax_against_softmax(errors, length):
 
 
 def _movement_of_s(initial, learned):
-    by_layer = np.swapaxes(learned, 0, 1)  # [layers, seeds, heads]
-    return f"The s of SSMax began at {np.mean(initial):.2f} and ended " + ", ".join(
-        f"at {s.min():.2f} to {s.max():.2f} in layer {i}."
-        if i == len(by_layer)
-        else f"at {s.min():.2f} to {s.max():.2f} in layer {i}"
-        for i, s in enumerate(by_layer, 1)
+    layers = np.swapaxes(learned, 0, 1)  # [layers, seeds, heads]
+    ranges = [f"{s.min():.2f} to {s.max():.2f} in layer {i}" for i, s in enumerate(layers, 1)]
+    return (
+        f"The s of SSMax began at {np.mean(initial):.2f}, its default, and ended at "
+        f"{' and '.join(ranges)}."
     )
 
 
@@ -153,7 +160,7 @@ def plot(results, known, shown):
         axis.grid(color="#e5e5e5")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Temperature in Seattle, forecast by attention with four normalizers")
+    figure.suptitle("Temperature in Seattle, forecast with four kinds of attention", fontsize=14)
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -165,7 +172,7 @@ def _plot_forecasts(axis, known, forecasts, length):
     for name, forecast in forecasts.items():
         axis.plot(hours[-horizon:], forecast, color=COLORS[name], linewidth=1.5, label=name)
     axis.axvline(-0.5, color="black", linestyle=":", linewidth=1)
-    axis.set_title(f"One day's forecasts, {length} hours looked back")
+    axis.set_title(f"One day's forecasts from the last {length} hours")
     axis.set_xlabel(f"hours from {known.index[-horizon]:%d %B %Y, %H:%M}")
     axis.set_ylabel("temperature, °F")
 
@@ -180,7 +187,7 @@ def _plot_errors(axis, results):
     for name, error in results["baselines"].items():
         axis.axhline(error, color="black", linestyle="--", linewidth=1)
         axis.text(lengths[-1], error, name, ha="right", va="bottom")
-    axis.set_title("Test error: mean and range of the seeds")
+    axis.set_title("Error of all test forecasts: mean and range of the seeds")
     axis.set_xlabel(f"hours looked back (trained on {lengths[0]})")
     axis.set_xticks(lengths)
     axis.set_ylabel("mean absolute error, °F")
@@ -188,13 +195,15 @@ def _plot_errors(axis, results):
 
 
 def _plot_scales(axis, results):
-    for seed, marker in zip(results["learned_s"], "os^Dv", strict=False):
-        heads = [f"{i}.{j}" for i, s in enumerate(seed, 1) for j in range(1, len(s) + 1)]
-        axis.plot(heads, np.ravel(seed), marker, color=COLORS["ssmax"])
+    seeds = zip(results["settings"]["seeds"], results["learned_s"], strict=True)
+    for (seed, layers), marker in zip(seeds, "os^D", strict=False):
+        heads = [f"{i}.{j}" for i, s in enumerate(layers, 1) for j in range(1, len(s) + 1)]
+        axis.plot(heads, np.ravel(layers), marker, color=COLORS["ssmax"], label=f"seed {seed}")
     initial = np.mean(results["initial_s"])
-    axis.axhline(initial, color="black", linestyle="--", linewidth=1)
-    axis.text(len(heads) - 1, initial, "before training", ha="right", va="bottom")
-    axis.set_ylim(min(0.0, *axis.get_ylim()), max(1.5 * initial, *axis.get_ylim()))
-    axis.set_title("The s of SSMax after training (a marker for each seed)")
+    axis.axhline(initial, color="black", linestyle="--", linewidth=1, label="before training")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(0, low), max(1.3 * initial, high))
+    axis.set_title("The s of SSMax after training")
     axis.set_xlabel("layer.head")
     axis.set_ylabel("s")
+    axis.legend(loc="lower right", ncols=3)

@@ -490,13 +490,46 @@ def quantized(model):
     return model
 
 
+def block_in_sequential():
+    return keras.Sequential(
+        [keras.Input((TIME, FEATURES)), TransformerBlock(2, qk_norm=True), keras.layers.Dense(3)]
+    )
+
+
+@keras.saving.register_keras_serializable("keras_ssattn_tests")
+class AroundBlock(keras.Model):
+    """A user's model that is given its layer, which keeps its policies in its config."""
+
+    def __init__(self, block, **kwargs):
+        super().__init__(**kwargs)
+        self.block = block
+
+    def call(self, inputs):
+        return self.block(inputs)
+
+    def get_config(self):
+        block = keras.saving.serialize_keras_object(self.block)
+        return {**super().get_config(), "block": block}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("block")), **config)
+
+
+def around_block():
+    model = AroundBlock(TransformerBlock(2))
+    model(X)
+    return model
+
+
 QUANTIZED = {
     "attention": lambda: attention_model("ssmax_bias"),
     "block": gated_block,
     "sequence": lambda: sequence_model("softpick_scaled"),
     "functional": functional,
     "sequential": sequential,
-    "subclassed": subclassed,
+    "block_in_sequential": block_in_sequential,
+    "around_block": around_block,
 }
 
 

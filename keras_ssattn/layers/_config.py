@@ -1,6 +1,7 @@
 """Checks of constructor arguments, and the configuration that layers share."""
 
 import numbers
+import re
 from typing import Any
 
 import keras
@@ -53,6 +54,9 @@ def serialize_policy(layer: Any) -> dict[str, Any]:
     if isinstance(default, keras.dtype_policies.DTypePolicyMap):
         default = default.default_policy
     policies = keras.dtype_policies.DTypePolicyMap(default_policy=default)
+    above = len(layer.path) - len(layer.name)
     for projection in quantized:
-        policies[projection.path] = projection.dtype_policy
+        # The path above this layer depends on who builds it, a loaded model or a new one.
+        path = re.escape(projection.path[above:])
+        policies[f"^(.*/)?{path}$"] = projection.dtype_policy
     return {"dtype": keras.dtype_policies.serialize(policies)}
