@@ -14,7 +14,13 @@ from scripts.cases import (
 )
 
 import keras_ssattn
-from keras_ssattn.layers import MultiHeadAttention, SSMax, TransformerBlock
+from keras_ssattn.layers import (
+    LogLengthScale,
+    MultiHeadAttention,
+    Softpick,
+    SSMax,
+    TransformerBlock,
+)
 
 to_numpy = keras.ops.convert_to_numpy
 
@@ -78,6 +84,20 @@ def test_fixed_s_is_a_non_trainable_weight(normalizer):
     np.testing.assert_array_equal(to_numpy(model.non_trainable_weights[0]), [1.0, 1.0])
 
 
+@pytest.mark.parametrize("in_attention", [True, False])
+def test_frozen_normalizer_freezes_the_length_scale_it_is_given(in_attention):
+    normalizer = Softpick(length_scale=LogLengthScale(), trainable=False)
+    inputs = keras.Input((TIME, FEATURES))
+    if in_attention:
+        model = keras.Model(inputs, MultiHeadAttention(2, 3, normalizer=normalizer)(inputs, inputs))
+    else:
+        model = keras.Model(inputs, normalizer(inputs))
+    assert [w.name for w in model.non_trainable_weights] == ["s"]
+    layer = model.layers[-1]
+    (layer.normalizer if in_attention else layer).trainable = True
+    assert model.non_trainable_weights == []
+
+
 @pytest.mark.parametrize("copy", ["clone", "config"])
 @pytest.mark.parametrize("stand_alone", [True, False])
 def test_frozen_model_that_is_copied_can_be_thawed(copy, stand_alone):
@@ -94,7 +114,7 @@ def test_frozen_model_that_is_copied_can_be_thawed(copy, stand_alone):
         else keras.Model.from_config(model.get_config())
     )
     assert model.trainable_weights == []
-    model.trainable = True
+    model.layers[-1].trainable = True
     assert [w.name for w in model.trainable_weights] == names
 
 

@@ -371,7 +371,7 @@ def test_frozen_layer_is_frozen_when_loaded_and_can_be_thawed(frozen, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.trainable_weights == []
-    loaded.trainable = True
+    loaded.layers[-1].trainable = True
     assert {w.path for w in loaded.trainable_weights} == paths
 
 

@@ -29,6 +29,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def freeze_sublayers(layer: Any) -> None:
     """Carries `trainable=False` on to the layers that `build` has just made."""
     if not layer.trainable:
+        layer.trainable = True  # on TensorFlow, setting the value that it has does nothing
         layer.trainable = False
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn.layers._config import serialize_options
+from keras_ssattn.layers._config import freeze_sublayers, serialize_options
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import normalizers
 from keras_ssattn.ops._arguments import check_mask, dtype_of, widen
@@ -57,6 +57,7 @@ class Normalizer(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         if not self.length_scale.built:
             self.length_scale.build((None,))
+        freeze_sublayers(self)
 
     def call(self, logits: Any, mask: Any = None) -> Any:
         mask = align_left(mask, logits)
