@@ -364,7 +364,22 @@ ERRORS = [
     (
         attend(key_mask=np.ones((2, 4), bool)),
         ValueError,
-        r"`key_mask` must have shape \[B, S\].*\(2, 4\)",
+        r"`key_mask` must be broadcastable to \[B, S\], \(2, 5\).*\(2, 4\)",
+    ),
+    (
+        attend(query_mask=np.ones((3, 5), bool)),
+        ValueError,
+        r"`query_mask` must be broadcastable to \[B, T\].*\(3, 5\)",
+    ),
+    (
+        attend(value_mask=np.ones((2, 4), bool)),
+        ValueError,
+        r"`value_mask` must be broadcastable to \[B, S\].*\(2, 4\)",
+    ),
+    (
+        attend(attention_mask=np.ones((3, 5, 5), bool)),
+        ValueError,
+        r"`attention_mask` must be broadcastable to \[B, H, T, S\]",
     ),
 ]
 
@@ -373,3 +388,36 @@ ERRORS = [
 def test_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+class RootLengthScale(layers.LengthScale):
+    """Not registered with Keras, so it cannot be saved; it can be used."""
+
+    uses_count = True
+
+    def call(self, n):
+        return keras.ops.sqrt(keras.ops.cast(n, "float32"))
+
+
+@pytest.mark.parametrize("cls", [MultiHeadAttention, layers.TransformerBlock])
+def test_a_length_scale_of_the_user_needs_no_registration_to_be_used(cls, data):
+    normalizer = layers.Softpick(length_scale=RootLengthScale())
+    x = data["query"]
+    if cls is MultiHeadAttention:
+        layer = MultiHeadAttention(2, 3, normalizer=normalizer)
+        plain = MultiHeadAttention(2, 3, normalizer="softpick")
+        _, weights = layer(x, x, return_attention_scores=True)
+        plain.build(x.shape, x.shape)
+        plain.set_weights(layer.get_weights())
+        plain.query_dense.kernel.assign(plain.query_dense.kernel * np.sqrt(x.shape[1]))
+        _, expected = plain(x, x, return_attention_scores=True)
+        assert relative_error(to_numpy(weights), to_numpy(expected)) < 1e-5
+    else:
+        layer = layers.TransformerBlock(1, normalizer=normalizer)
+        layer(x)
+        assert type(layer.attention.normalizer.length_scale) is RootLengthScale
+
+
+def test_sizes_may_be_numpy_integers():
+    config = MultiHeadAttention(np.int64(2), np.int32(4), sliding_window=np.int64(3)).get_config()
+    assert all(type(config[name]) is int for name in ("num_heads", "key_dim", "sliding_window"))

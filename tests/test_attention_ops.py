@@ -269,6 +269,25 @@ ERRORS = [
         ValueError,
         "`epsilon` must be a positive number.*-1.0",
     ),
+    ((X, X[:1], X[:1]), {}, ValueError, "`query`, `key` and `value` must have the same batch"),
+    (
+        (X, X, X),
+        {"mask": np.ones((3, 1, 5, 5), bool)},
+        ValueError,
+        r"`mask` must be broadcastable to \[B, H, T, S\]",
+    ),
+    (
+        (X, X, X),
+        {"key_mask": np.ones((3, 5), bool)},
+        ValueError,
+        r"`key_mask` must be broadcastable to \[B, S\]",
+    ),
+    (
+        (X, X, X),
+        {"query_offset": np.array([0, 1, 2])},
+        ValueError,
+        r"`query_offset` must be broadcastable to \[B\]",
+    ),
 ]
 
 
@@ -322,3 +341,10 @@ def test_a_length_scale_does_not_overflow_a_half_query(normalizer, rng):
             *arrays, normalizer, length_scale=scale, implementation=implementation
         )
         assert relative_error(to_numpy(actual), expected) < 2e-3
+
+
+def test_symbolic_inputs_of_unknown_length():
+    x = keras.Input((None, 2, 4))
+    assert ops.attention(x, x, x).shape == (None, None, 2, 4)
+    with pytest.raises(ValueError, match="symbolic `query` and `key` must have a known length"):
+        ops.attention(x, x, x, causal=True)

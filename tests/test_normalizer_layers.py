@@ -140,6 +140,9 @@ ERRORS = [
     (lambda: layers.Softpick(length_scale=3.0), "`length_scale` must be a `LengthScale`.*3.0"),
     (lambda: layers.RectifiedSoftpick(epsilon=-1), "`epsilon` must be a positive number.*-1"),
     (lambda: layers.RectifiedSoftpick(epsilon=1e-50), "`epsilon` must be a positive.*1e-50"),
+    (lambda: layers.SSMax(num_heads=2)(np.ones((4, 3), "float32")), "for each head.*\\(4, 3\\)"),
+    (lambda: layers.SSMax(num_heads=2)(np.ones((4, 3, 3, 3), "float32")), "for each head.*=2"),
+    (lambda: layers.SSMax(axis=1, num_heads=2)(np.ones((2, 3, 3), "float32")), "head.*axis=1"),
     (lambda: layers.Softpick(axis=5)(np.ones((2, 3), "float32")), r"`axis` must lie in \[-2, 2\)"),
 ]
 
@@ -148,6 +151,11 @@ ERRORS = [
 def test_errors(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_axis_that_is_no_integer_is_refused():
+    with pytest.raises(TypeError, match="`axis` must be an integer.*'last'"):
+        layers.Softpick(axis="last")
 
 
 def test_float_mask_is_refused():

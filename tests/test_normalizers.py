@@ -81,10 +81,14 @@ def test_float64_stays_float64(backend, rng):
     if backend == "jax":
         pytest.skip("JAX has float64 only where it is enabled")
     logits = rng.normal(size=(3, 5))
+    mask = np.arange(5) < np.array([[5], [3], [2]])
     for name in NAMES:
-        actual = FUNCTIONS[name](keras.ops.convert_to_tensor(logits, "float64"))
-        assert keras.utils.standardize_dtype(actual.dtype) == "float64"
-        np.testing.assert_allclose(to_numpy(actual), oracle.normalize(name, logits), rtol=1e-13)
+        for seen in (None, mask):
+            x = keras.ops.convert_to_tensor(logits, "float64")
+            actual = FUNCTIONS[name](x, mask=seen)
+            assert keras.utils.standardize_dtype(actual.dtype) == "float64"
+            expected = oracle.normalize(name, logits, seen)
+            np.testing.assert_allclose(to_numpy(actual), expected, rtol=1e-13)
 
 
 def test_gradient_of_s_at_zero_is_not_lost(rng):

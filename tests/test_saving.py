@@ -434,6 +434,29 @@ def test_set_weights_with_s_or_b_too_many_or_too_few(saved, loaded, message):
         model.set_weights(weights)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": True}, "key_norm"),
+        ({"ffn_type": "gated", "ffn_expansion": 4}, "gate"),
+        ({"cross_attention": True}, "context_attention_norm"),
+    ],
+    ids=["qk_norm", "gate", "cross_attention"],
+)
+def test_weights_of_parts_that_the_model_lacks_do_not_load(options, message, tmp_path):
+    def model(**options):
+        x = keras.Input((TIME, FEATURES))
+        arguments = (x, x) if "cross_attention" in options else (x,)
+        return keras.Model(x, TransformerBlock(2, **options)(*arguments))
+
+    path = save(model(**options), tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match=f"name={message}.*expected 0 variables"):
+        model().load_weights(path)
+    path = save(model(), tmp_path / "plain.weights.h5")
+    with pytest.raises(ValueError, match="variables, but received 0 variables"):
+        model(**options).load_weights(path)
+
+
 def test_file_whose_s_was_removed_does_not_load(tmp_path):
     path = save(attention_model("ssmax"), tmp_path / "model.weights.h5")
     with h5py.File(path, "r+") as file:

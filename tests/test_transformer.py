@@ -184,9 +184,18 @@ ERRORS = [
     (lambda x: TransformerBlock(3, ffn_expansion=0), "`ffn_expansion` must be a positive.*0"),
     (lambda x: TransformerBlock(3, dropout=-0.1), r"`dropout` must be a number in \[0, 1\).*-0.1"),
     (lambda x: TransformerBlock(3, normalizer="max"), "`normalizer` must be one of.*'max'"),
-    (lambda x: TransformerBlock(3, num_kv_heads=2)(x), "`num_kv_heads` must divide `num_heads`"),
     (lambda x: TransformerBlock(3)(x, x), "`context` goes with `cross_attention=True`.*False"),
     (lambda x: TransformerBlock(3, cross_attention=True)(x), "`context` goes with.*True.*None"),
+    (lambda x: TransformerBlock(3, num_kv_heads=2), "`num_kv_heads` must divide `num_heads`"),
+    (lambda x: TransformerBlock(3, sliding_window=0), "`sliding_window` must be a positive.*0"),
+    (lambda x: TransformerBlock(3, ffn_expansion="big"), "`ffn_expansion` must be.*'big'"),
+    (lambda x: TransformerBlock(3, ffn_expansion=float("inf")), "`ffn_expansion` must be.*inf"),
+    (lambda x: TransformerBlock(3, ffn_expansion=1e-3)(x), "`ffn_expansion` times the last.*0.001"),
+    (lambda x: TransformerBlock(3, activation="gleu"), "activation function identifier: gleu"),
+    (
+        lambda x: TransformerBlock(3, normalizer=layers.SSMax(axis=1)),
+        "`normalizer` must have axis=-1.*axis=1",
+    ),
     (lambda x: FeedForward(0), "`inner_size` must be a positive integer.*0"),
 ]
 

@@ -7,13 +7,26 @@ from typing import Any
 import keras
 
 
-def check_positive(name: str, value: Any, optional: bool = False) -> None:
-    """Raises unless `value` is a positive integer (or `None`, if `optional`)."""
+def check_positive(name: str, value: Any, optional: bool = False) -> Any:
+    """Returns `value`, a positive integer, as an `int` (or `None`, if `optional`), or raises."""
     if optional and value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         expected = "a positive integer or None" if optional else "a positive integer"
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return int(value)
+
+
+def check_groups(num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
+    """Returns the numbers of query heads and of key heads, by default as many, or raises."""
+    num_heads = check_positive("num_heads", num_heads)
+    num_kv_heads = check_positive("num_kv_heads", num_kv_heads, optional=True) or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "`num_kv_heads` must divide `num_heads`. Received: "
+            f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+        )
+    return num_heads, num_kv_heads
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -24,6 +37,15 @@ def check_rate(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+
+
+def no_weights(name: str) -> Any:
+    """Stands where an optional layer is left out.
+
+    Keras passes over the weights of a file that belong to no layer of the model. With this
+    layer in the place, which expects none, such a file is refused.
+    """
+    return keras.layers.Identity(name=name)
 
 
 def freeze_sublayers(layer: Any) -> None:

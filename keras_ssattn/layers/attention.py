@@ -7,14 +7,16 @@ from keras import ops
 
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
+    check_groups,
     check_positive,
     check_rate,
     freeze_sublayers,
+    no_weights,
     serialize_options,
     serialize_policy,
 )
+from keras_ssattn.layers._masks import attention_mask_by_head, both_masks, padding_mask
 from keras_ssattn.ops import attention, attention_weights, dense, key_count
-from keras_ssattn.ops._arguments import check_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -108,29 +110,18 @@ class MultiHeadAttention(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_positive("num_heads", num_heads)
-        check_positive("key_dim", key_dim)
-        check_positive("value_dim", value_dim, optional=True)
-        check_positive("num_kv_heads", num_kv_heads, optional=True)
-        check_positive("sliding_window", sliding_window, optional=True)
+        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
+        key_dim = check_positive("key_dim", key_dim)
+        value_dim = check_positive("value_dim", value_dim, optional=True)
+        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
         check_rate("dropout", dropout)
-        if num_kv_heads is not None and num_heads % num_kv_heads:
-            raise ValueError(
-                "`num_kv_heads` must divide `num_heads`. Received: "
-                f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
-            )
-        normalizer = normalizers.get(normalizer)
-        if normalizer.axis != -1:
-            raise ValueError(
-                "`normalizer` must have axis=-1 in an attention layer. Received: "
-                f"a {type(normalizer).__name__} with axis={normalizer.axis}"
-            )
+        normalizer = normalizers.get_for_attention(normalizer)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.num_heads = num_heads
         self.key_dim = key_dim
-        self.value_dim = key_dim if value_dim is None else value_dim
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.value_dim = value_dim or key_dim
+        self.num_kv_heads = num_kv_heads
         self.normalizer = normalizer.copy_for(num_heads, name="normalizer", dtype=self.dtype_policy)
         self.dropout = dropout
         self.use_bias = use_bias
@@ -174,13 +165,8 @@ class MultiHeadAttention(keras.layers.Layer):
         self.attention_dropout = keras.layers.Dropout(
             self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
         )
-        if self.qk_norm:
-            self.query_norm, self.key_norm = (
-                keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
-                for name in ("query_norm", "key_norm")
-            )
-            self.query_norm.build((*query_shape[:-1], self.num_heads, self.key_dim))
-            self.key_norm.build((*key_shape[:-1], self.num_kv_heads, self.key_dim))
+        self.query_norm = self._head_norm("query_norm", self.num_heads)
+        self.key_norm = self._head_norm("key_norm", self.num_kv_heads)
         freeze_sublayers(self)
 
     def _projection(self, name: str, equation: str, output_shape: tuple) -> Any:
@@ -203,6 +189,13 @@ class MultiHeadAttention(keras.layers.Layer):
         projection.supports_masking = True
         return projection
 
+    def _head_norm(self, name: str, num_heads: int) -> Any:
+        if not self.qk_norm:
+            return no_weights(name)
+        norm = keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
+        norm.build((None, None, num_heads, self.key_dim))
+        return norm
+
     def projections(self) -> list[Any]:
         """The four `EinsumDense` layers, on which `quantize` and `enable_lora` work."""
         return [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
@@ -220,17 +213,17 @@ class MultiHeadAttention(keras.layers.Layer):
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> Any:
-        query_mask = check_mask("query_mask", query_mask, rank=2)
+        sizes = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
+        query_mask = padding_mask("query_mask", query_mask, sizes[::2], "[B, T]")
         visibility = {
-            "mask": _attention_mask(attention_mask),
-            "key_mask": _both(value_mask, key_mask),
+            "mask": attention_mask_by_head(attention_mask, sizes),
+            "key_mask": both_masks(value_mask, key_mask, sizes[::3]),
             "causal": use_causal_mask,
             "window": self.sliding_window,
         }
         key = self.key_dense(value if key is None else key)  # [B, S, K, D]
         query, value = self.query_dense(query), self.value_dense(value)
-        if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self.query_norm(query), self.key_norm(key)
         options = {"normalizer": self.normalizer.kernel, **self.normalizer.kernel_options()}
         if self.normalizer.uses_count:
             n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
@@ -297,24 +290,7 @@ def _output_shape(value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
     shape = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    for size in shape:
-        check_positive("output_shape", size)
+    shape = tuple(check_positive("output_shape", size) for size in shape)
     if not 1 <= len(shape) <= 4:
         raise ValueError(f"`output_shape` must have 1 to 4 sizes. Received: output_shape={value}")
     return shape
-
-
-def _attention_mask(mask: Any) -> Any:
-    """`[T, S]` or `[B, H, T, S]` as they are, `[B, T, S]` as `[B, 1, T, S]`."""
-    mask = check_mask("attention_mask", mask, rank=(2, 3, 4))
-    if mask is not None and len(mask.shape) == 3:
-        return ops.expand_dims(mask, 1)
-    return mask
-
-
-def _both(value_mask: Any, key_mask: Any) -> Any:
-    value_mask = check_mask("value_mask", value_mask, rank=2)
-    key_mask = check_mask("key_mask", key_mask, rank=2)
-    if value_mask is None or key_mask is None or key_mask is value_mask:
-        return value_mask if key_mask is None else key_mask
-    return ops.logical_and(value_mask, key_mask)

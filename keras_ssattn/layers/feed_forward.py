@@ -4,7 +4,12 @@ from typing import Any
 
 import keras
 
-from keras_ssattn.layers._config import check_positive, freeze_sublayers, serialize_policy
+from keras_ssattn.layers._config import (
+    check_positive,
+    freeze_sublayers,
+    no_weights,
+    serialize_policy,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -45,7 +50,7 @@ class FeedForward(keras.layers.Layer):
         use_bias: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_positive("inner_size", inner_size)
+        inner_size = check_positive("inner_size", inner_size)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.inner_size = inner_size
@@ -70,6 +75,8 @@ class FeedForward(keras.layers.Layer):
         inner_shape = (*input_shape[:-1], self.inner_size)
         if self.gated:
             self.gate = dense("gate", self.inner_size, input_shape, self.activation)
+        else:
+            self.gate = no_weights("gate")
         activation = None if self.gated else self.activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)

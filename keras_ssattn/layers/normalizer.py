@@ -6,9 +6,10 @@ import keras
 from keras import ops
 
 from keras_ssattn.layers._config import freeze_sublayers, serialize_options
+from keras_ssattn.layers._masks import align_left
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import normalizers
-from keras_ssattn.ops._arguments import check_mask, dtype_of, widen
+from keras_ssattn.ops._arguments import check_axis, dtype_of, widen
 
 
 class Normalizer(keras.layers.Layer):
@@ -40,6 +41,7 @@ class Normalizer(keras.layers.Layer):
     kernel = ""
 
     def __init__(self, axis: Any = -1, length_scale: Any = None, **kwargs: Any) -> None:
+        check_axis(axis)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.axis = tuple(axis) if isinstance(axis, list) else axis
@@ -55,6 +57,17 @@ class Normalizer(keras.layers.Layer):
         return self.length_scale.uses_count
 
     def build(self, input_shape: Any) -> None:
+        num_heads = self.length_scale.num_heads
+        if num_heads is not None and (
+            self.axis not in (-1, len(input_shape) - 1)
+            or len(input_shape) < 3
+            or input_shape[-3] not in (None, num_heads)
+        ):
+            raise ValueError(
+                "with a length scale for each head, `logits` must have shape [..., H, T, S] and "
+                f"`axis` be -1. Received: num_heads={num_heads}, axis={self.axis}, logits with "
+                f"shape {tuple(input_shape)}"
+            )
         if not self.length_scale.built:
             self.length_scale.build((None,))
         freeze_sublayers(self)
@@ -86,6 +99,8 @@ class Normalizer(keras.layers.Layer):
     def copy_for(self, num_heads: int, **kwargs: Any) -> "Normalizer":
         """An unbuilt copy, of the same options, with parameters for `num_heads` heads."""
         config = self.get_config()
+        if "length_scale" in config:  # by itself, lest its class have to be registered
+            config["length_scale"] = self.length_scale
         copy = type(self).from_config({**config, **kwargs})
         copy.length_scale.num_heads = num_heads
         return copy
@@ -107,19 +122,3 @@ def _length_scale(value: Any) -> LengthScale:
         )
     # A copy, under a name that does not depend on how many others there are.
     return type(value).from_config({**value.get_config(), "name": "length_scale"})
-
-
-def align_left(mask: Any, logits: Any) -> Any:
-    """A mask with as many axes as the logits, those it lacks last, as Keras's masks lack them."""
-    if mask is None:
-        return None
-    mask = check_mask("mask", mask)
-    rank = len(logits.shape)
-    if len(mask.shape) == rank:
-        return mask
-    if len(mask.shape) == 2 and rank > 2:
-        return ops.expand_dims(mask, tuple(range(2, rank)))
-    raise ValueError(
-        f"`mask` must have the rank of the logits, or be Keras's own of shape [batch, time]. "
-        f"Received: mask with shape {tuple(mask.shape)}, logits with shape {tuple(logits.shape)}"
-    )

@@ -35,6 +35,17 @@ def get(identifier: Any) -> Normalizer:
     return identifier
 
 
+def get_for_attention(identifier: Any) -> Normalizer:
+    """Returns `get(identifier)`, or raises if it does not normalize over the keys."""
+    normalizer = get(identifier)
+    if normalizer.axis != -1:
+        raise ValueError(
+            "`normalizer` must have axis=-1 in an attention layer. Received: "
+            f"a {type(normalizer).__name__} with axis={normalizer.axis}"
+        )
+    return normalizer
+
+
 def name_of(normalizer: Normalizer) -> str:
     """The name under which `get` knows the class of a normalizer."""
     for name, cls in NORMALIZERS.items():
@@ -55,8 +66,7 @@ def layer(inputs: Any, normalizer: str = "ssmax", **options: Any) -> Any:
         A tensor of the shape of `inputs`.
 
     Raises:
-        ValueError: for an unknown normalizer, or an invalid option.
-        TypeError: for an option that the layer does not have.
+        ValueError: for an unknown normalizer, or an option that is invalid or unknown.
 
     Example:
 

@@ -5,8 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ssattn.layers._masks import align_left
 from keras_ssattn.layers.length_scale import LogLengthScale
-from keras_ssattn.layers.normalizer import Normalizer, align_left
+from keras_ssattn.layers.normalizer import Normalizer
 from keras_ssattn.ops import normalizers
 
 

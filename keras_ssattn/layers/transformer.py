@@ -1,5 +1,6 @@
 """A transformer block around attention with a choice of normalizer."""
 
+import numbers
 from typing import Any
 
 import keras
@@ -7,9 +8,11 @@ import keras
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
     check_choice,
+    check_groups,
     check_positive,
     check_rate,
     freeze_sublayers,
+    no_weights,
     serialize_options,
     serialize_policy,
 )
@@ -94,30 +97,28 @@ class TransformerBlock(keras.layers.Layer):
         use_bias: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_positive("num_heads", num_heads)
-        check_positive("key_dim", key_dim, optional=True)
+        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
+        key_dim = check_positive("key_dim", key_dim, optional=True)
+        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
         check_choice("ffn_type", ffn_type, ("standard", "gated"))
         check_choice("norm", norm, ("layer_norm", "rms_norm"))
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_rate("dropout", dropout)
-        if ffn_expansion is not None and not ffn_expansion > 0:
-            raise ValueError(
-                "`ffn_expansion` must be a positive number or None. Received: "
-                f"ffn_expansion={ffn_expansion!r}"
-            )
+        _check_expansion(ffn_expansion)
+        normalizer = normalizers.get_for_attention(normalizer)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.num_kv_heads = num_kv_heads
-        self._normalizer = serialize_options(normalizers.get(normalizer))
+        self._normalizer = lambda: normalizer  # a specification, no layer of this one
         self.causal = causal
         self.cross_attention = cross_attention
         self.sliding_window = sliding_window
         self.qk_norm = qk_norm
         self.ffn_type = ffn_type
         self.ffn_expansion = ffn_expansion
-        self.activation = activation
+        self.activation = None if activation is None else keras.activations.get(activation)
         self.norm = norm
         self.norm_position = norm_position
         self.dropout = dropout
@@ -145,6 +146,8 @@ class TransformerBlock(keras.layers.Layer):
             self.context_attention.build(inputs_shape, context_shape)
             self.context_attention_norm = self._norm("context_attention_norm", inputs_shape)
             self.context_attention_dropout = self._dropout("context_attention_dropout")
+        else:
+            self.context_attention_norm = no_weights("context_attention_norm")
         self.feed_forward = FeedForward(
             self._inner_size(size),
             gated=self.ffn_type == "gated",
@@ -163,7 +166,7 @@ class TransformerBlock(keras.layers.Layer):
             self.num_heads,
             self.key_dim or size // self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            normalizer=self._normalizer,
+            normalizer=self._normalizer(),
             use_bias=self.use_bias,
             sliding_window=sliding_window,
             qk_norm=self.qk_norm,
@@ -187,7 +190,13 @@ class TransformerBlock(keras.layers.Layer):
     def _inner_size(self, size: int) -> int:
         if self.ffn_expansion is None and self.ffn_type == "gated":
             return -(-round(size * 8 / 3) // 8) * 8
-        return round(size * (4 if self.ffn_expansion is None else self.ffn_expansion))
+        inner_size = round(size * (4 if self.ffn_expansion is None else self.ffn_expansion))
+        if inner_size < 1:
+            raise ValueError(
+                "`ffn_expansion` times the last dimension of the inputs must be 1 or more. "
+                f"Received: ffn_expansion={self.ffn_expansion}, inputs of size {size}"
+            )
+        return inner_size
 
     def projections(self) -> list[Any]:
         """The dense layers inside, on which `quantize` and `enable_lora` work."""
@@ -249,19 +258,30 @@ class TransformerBlock(keras.layers.Layer):
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "num_kv_heads": self.num_kv_heads,
-            "normalizer": self._normalizer,
+            "normalizer": serialize_options(self._normalizer()),
             "causal": self.causal,
             "cross_attention": self.cross_attention,
             "sliding_window": self.sliding_window,
             "qk_norm": self.qk_norm,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,
-            "activation": keras.activations.serialize(keras.activations.get(self.activation))
-            if self.activation is not None
-            else None,
+            "activation": None
+            if self.activation is None
+            else keras.activations.serialize(self.activation),
             "norm": self.norm,
             "norm_position": self.norm_position,
             "dropout": self.dropout,
             "use_bias": self.use_bias,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
+
+
+def _check_expansion(value: Any) -> None:
+    if value is not None and (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not 0 < float(value) < float("inf")
+    ):
+        raise ValueError(
+            f"`ffn_expansion` must be a positive number or None. Received: ffn_expansion={value!r}"
+        )

@@ -75,12 +75,21 @@ def check_broadcastable(name: str, shape: tuple, target: tuple, target_name: str
         )
 
 
-def normalize_axis(axis: Any, rank: int) -> tuple[int, ...]:
-    """Returns `axis`, an integer or several, as distinct negative axes."""
+def check_axis(axis: Any) -> tuple[int, ...]:
+    """Returns `axis`, an integer or several, as a tuple of them."""
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     for one in axes:
         if isinstance(one, bool) or not isinstance(one, numbers.Integral):
-            raise TypeError(f"`axis` must be an integer or a tuple of them. Received: axis={axis}")
+            raise TypeError(
+                f"`axis` must be an integer or a tuple of them. Received: axis={axis!r}"
+            )
+    return axes
+
+
+def normalize_axis(axis: Any, rank: int) -> tuple[int, ...]:
+    """Returns `axis`, an integer or several, as distinct negative axes."""
+    axes = check_axis(axis)
+    for one in axes:
         if not -rank <= int(one) < rank:
             raise ValueError(
                 f"`axis` must lie in [-{rank}, {rank}) for a tensor of rank {rank}. "

@@ -11,6 +11,7 @@ from keras_ssattn.ops import dense
 from keras_ssattn.ops._arguments import (
     check_broadcastable,
     check_floating,
+    check_mask,
     check_rank,
     dtype_of,
     to_tensor,
@@ -84,13 +85,7 @@ def attention(
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
     query, key, value = _check_tensors(query, key, value)
-    visibility = {
-        "mask": mask,
-        "key_mask": key_mask,
-        "causal": bool(causal),
-        "window": window,
-        "query_offset": query_offset,
-    }
+    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     if implementation == "auto":
         implementation = "fused" if _can_fuse(kernel) else "dense"
@@ -138,16 +133,39 @@ def attention_weights(
     (2, 4, 7, 7)
     """
     query, key, _ = _check_tensors(query, key, key)
-    visibility = {
+    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
+    kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
+    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
+    return dense.weights(query, key, kernel, factor, visibility, **options)
+
+
+def _visibility(
+    query: Any, key: Any, mask: Any, key_mask: Any, causal: bool, window: Any, query_offset: Any
+) -> dict[str, Any]:
+    """The arguments of `visible_keys`, checked against the tensors."""
+    (batch, length, num_heads, _), key_length = query.shape, key.shape[1]
+    mask = check_mask("mask", mask, rank=(2, 4))
+    key_mask = check_mask("key_mask", key_mask, rank=2)
+    if mask is not None:
+        sizes = (batch, num_heads, length, key_length)
+        check_broadcastable("mask", tuple(mask.shape), sizes, "[B, H, T, S]")
+    if key_mask is not None:
+        check_broadcastable("key_mask", tuple(key_mask.shape), (batch, key_length), "[B, S]")
+    if hasattr(query_offset, "shape"):
+        check_broadcastable("query_offset", tuple(query_offset.shape), (batch,), "[B]")
+    if None in (ops.shape(query)[1], ops.shape(key)[1]) and (causal or window is not None):
+        raise ValueError(
+            "symbolic `query` and `key` must have a known length with `causal` or `window`; use "
+            "`keras_ssattn.layers.MultiHeadAttention` for dynamic ones. Received: query with "
+            f"shape {tuple(query.shape)}, key with shape {tuple(key.shape)}"
+        )
+    return {
         "mask": mask,
         "key_mask": key_mask,
         "causal": bool(causal),
         "window": window,
         "query_offset": query_offset,
     }
-    kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
-    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
-    return dense.weights(query, key, kernel, factor, visibility, **options)
 
 
 def _query_factor(
@@ -166,7 +184,7 @@ def _query_factor(
         normalizer = "softmax"
         if length_scale is None:
             count = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
-            length_scale = log_length_scale(count)
+            length_scale = log_length_scale(ops.cast(count, dtype_of(widen(query))))
     if length_scale is None:
         return normalizer, scale
     length_scale = ops.cast(to_tensor(length_scale), dtype_of(widen(query)))
@@ -221,6 +239,12 @@ def _check_tensors(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
         check_floating(name, x)
         check_rank(name, x, 4)
     (_, _, num_heads, size), (_, length, num_kv_heads, key_size) = query.shape, key.shape
+    batches = {x.shape[0] for x in (query, key, value)} - {None}
+    if len(batches) > 1:
+        raise ValueError(
+            "`query`, `key` and `value` must have the same batch size. Received: shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
     if size != key_size:
         raise ValueError(
             "`query` and `key` must have the same last dimension. Received: query with shape "

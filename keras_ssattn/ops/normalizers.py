@@ -86,7 +86,7 @@ def ssmax(
             for logits `[B, H, T, S]` and one value per head, shape `[H, 1, 1]`.
         n: the number of entries, an integer or an integer tensor shaped like `s` may be (one n
             per row of causal attention: `[T, 1]`). Defaults to the number of entries along
-            `axis` that `mask` leaves.
+            `axis` that `mask` leaves. A 0 in a tensor stands for a row that attends to nothing.
         b: the bias, shaped like `s`.
         axis: the axis, or tuple of axes, to normalize over. Defaults to the last one.
         mask: boolean tensor broadcastable to `logits`, True = attend.
@@ -120,6 +120,8 @@ def ssmax(
         n = entry_count(x, axis, mask)
         n = max(n, 1) if isinstance(n, int) else n
     n = _per_row("n", n, x, axis)
+    if dtype_of(x) == "float64" and hasattr(n, "dtype") and dtype_of(n) != "bool":
+        n = ops.cast(n, "float64")  # for all digits of its log
     s, b = _per_row("s", s, x, axis), _per_row("b", b, x, axis)
     if formula == "shift":
         if not (isinstance(b, numbers.Real) and b == 0):
@@ -139,7 +141,7 @@ def softpick(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     r"""Signed softpick, :math:`x_j / (1 + \sum_k |x_k|)`.
 
     Keeps the sign, has no exponential and does not saturate. The magnitudes of a row sum to
-    less than 1, so a row of small logits attends to little.
+    less than 1, so a row of small logits attends to little. (Magnitudes below 1e-31 count as 0.)
 
     Args:
         x: floating-point tensor of any shape.

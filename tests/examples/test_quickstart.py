@@ -55,7 +55,7 @@ def test_reloads_here_and_on_every_other_backend(run, backend):
     assert set(results["reload_difference"]) == {"this process", *others}
     for where, difference in results["reload_difference"].items():
         assert difference < 1e-5
-        assert f"{where}: {difference:.1e}" in printed
+        assert f"{backend if where == 'this process' else where}: {difference:.1e}" in printed
 
 
 def test_persistence_is_what_it_says(run, quickstart):
