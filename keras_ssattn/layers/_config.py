@@ -39,13 +39,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
 
 
-def no_weights(name: str) -> Any:
-    """Stands where an optional layer is left out.
+def no_weights(name: str, dtype: Any) -> Any:
+    """A layer that stands where an optional layer is left out, and does nothing.
 
     Keras passes over the weights of a file that belong to no layer of the model. With this
     layer in the place, which expects none, such a file is refused.
     """
-    return keras.layers.Identity(name=name)
+    return keras.layers.Identity(dtype=dtype, name=name)
 
 
 def freeze_sublayers(layer: Any) -> None:

@@ -191,7 +191,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _head_norm(self, name: str, num_heads: int) -> Any:
         if not self.qk_norm:
-            return no_weights(name)
+            return no_weights(name, self.dtype_policy)
         norm = keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
         norm.build((None, None, num_heads, self.key_dim))
         return norm

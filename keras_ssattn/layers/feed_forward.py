@@ -76,7 +76,7 @@ class FeedForward(keras.layers.Layer):
         if self.gated:
             self.gate = dense("gate", self.inner_size, input_shape, self.activation)
         else:
-            self.gate = no_weights("gate")
+            self.gate = no_weights("gate", self.dtype_policy)
         activation = None if self.gated else self.activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)

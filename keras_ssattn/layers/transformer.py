@@ -147,7 +147,7 @@ class TransformerBlock(keras.layers.Layer):
             self.context_attention_norm = self._norm("context_attention_norm", inputs_shape)
             self.context_attention_dropout = self._dropout("context_attention_dropout")
         else:
-            self.context_attention_norm = no_weights("context_attention_norm")
+            self.context_attention_norm = no_weights("context_attention_norm", self.dtype_policy)
         self.feed_forward = FeedForward(
             self._inner_size(size),
             gated=self.ffn_type == "gated",
