@@ -22,6 +22,7 @@ from keras_ssattn.ops.visibility import key_count, visible_keys
 
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 IMPLEMENTATIONS = ("auto", "dense", "fused")
+TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
 
 
 def attention(
@@ -63,7 +64,8 @@ def attention(
         epsilon: of `rectified_softpick`; the others do not use it.
         implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
             `"fused"` calls `keras.ops.dot_product_attention`, for softmax and ssmax on PyTorch,
-            where that is a fused kernel that does not hold the weights; elsewhere it raises.
+            where that is a fused kernel that does not hold the weights; elsewhere, and with
+            masks on Keras before 3.14, it raises.
             `"auto"` takes `"fused"` where it is available, else `"dense"`.
 
     Returns:
@@ -88,12 +90,13 @@ def attention(
     visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     if implementation == "auto":
-        implementation = "fused" if _can_fuse(kernel) else "dense"
+        implementation = "fused" if _can_fuse(kernel, visibility) else "dense"
     if implementation == "fused":
-        if not _can_fuse(kernel):
+        if not _can_fuse(kernel, visibility):
             raise ValueError(
-                'implementation="fused" serves softmax and ssmax on the torch backend. Received: '
-                f"normalizer={normalizer!r} on the {keras.backend.backend()} backend"
+                'implementation="fused" serves softmax and ssmax on the torch backend, with masks '
+                f"from Keras 3.14 on. Received: normalizer={normalizer!r} on the "
+                f"{keras.backend.backend()} backend, Keras {keras.version()}"
             )
         return _fused(query, key, value, factor, visibility)
     if implementation != "dense":
@@ -197,8 +200,18 @@ def _query_factor(
     return normalizer, ops.expand_dims(ops.transpose(length_scale * scale, (0, 2, 1)), -1)
 
 
-def _can_fuse(kernel: str) -> bool:
-    return kernel == "softmax" and keras.backend.backend() == "torch"
+def _can_fuse(kernel: str, visibility: dict) -> bool:
+    if kernel != "softmax" or keras.backend.backend() != "torch":
+        return False
+    return TORCH_TAKES_BIAS or not _needs_mask(visibility)
+
+
+def _needs_mask(visibility: dict) -> bool:
+    """Whether more is hidden than what comes after the query's own position."""
+    offset = visibility["query_offset"]
+    return any(visibility[name] is not None for name in ("mask", "key_mask", "window")) or (
+        visibility["causal"] and not (isinstance(offset, int) and offset == 0)
+    )
 
 
 def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> Any:
@@ -215,9 +228,7 @@ def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> A
     else:
         query, scale = ops.cast(widen(query) * factor, dtype_of(query)), 1.0
     query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
-    offset = visibility["query_offset"]
-    masked = any(visibility[name] is not None for name in ("mask", "key_mask", "window"))
-    if not masked and (not visibility["causal"] or (isinstance(offset, int) and offset == 0)):
+    if not _needs_mask(visibility):
         out = ops.dot_product_attention(
             query, key, value, scale=scale, is_causal=visibility["causal"]
         )
