@@ -56,7 +56,14 @@ def implementations(normalizer):
     # Keras before 3.14 cannot give PyTorch's kernel the masks that it needs.
     fused = keras.backend.backend() == "torch" and normalizer in ("softmax", "ssmax")
     fused = fused and tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
-    return ("dense", "fused") if fused else ("dense",)
+    return ("dense", "tiled", "fused") if fused else ("dense", "tiled")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """So that a few positions make several tiles."""
+    monkeypatch.setattr("keras_ssattn.ops.tiled.QUERY_TILE", 4)
+    monkeypatch.setattr("keras_ssattn.ops.tiled.KEY_TILE", 3)
 
 
 def test_auto_is_fused_on_torch_only(backend, rng):

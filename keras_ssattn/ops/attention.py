@@ -1,5 +1,6 @@
 """Attention with any normalizer, any visibility and any length scale."""
 
+import functools
 import math
 import numbers
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn.ops import dense
+from keras_ssattn.ops import dense, fused, tiled
 from keras_ssattn.ops._arguments import (
     check_broadcastable,
     check_floating,
@@ -18,11 +19,13 @@ from keras_ssattn.ops._arguments import (
     widen,
 )
 from keras_ssattn.ops.length_scale import log_length_scale
-from keras_ssattn.ops.visibility import key_count, visible_keys
+from keras_ssattn.ops.visibility import key_count
 
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
-IMPLEMENTATIONS = ("auto", "dense", "fused")
-TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
+COMPUTE = {"dense": dense.attention, "tiled": tiled.attention, "fused": fused.attention}
+# T * S beyond which tiles are faster than all weights, measured on two CPU cores, and beyond which
+# a mask for the fused kernel would cost more memory than the tiles do.
+DENSE_UP_TO, MASKED_UP_TO = 2**19, 2**22
 
 
 def attention(
@@ -63,10 +66,14 @@ def attention(
             `log_length_scale(key_count(...), s)`. Defaults to 1.
         epsilon: of `rectified_softpick`; the others do not use it.
         implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
-            `"fused"` calls `keras.ops.dot_product_attention`, for softmax and ssmax on PyTorch,
-            where that is a fused kernel that does not hold the weights; elsewhere, and with
-            masks on Keras before 3.14, it raises.
-            `"auto"` takes `"fused"` where it is available, else `"dense"`.
+            `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
+            the backward pass, which cannot be differentiated again; it skips tiles that
+            `causal` and `window` hide. `"fused"` calls `keras.ops.dot_product_attention`, for
+            softmax and ssmax on PyTorch, where that is a fused kernel; elsewhere, and with masks
+            on Keras before 3.14, it raises. `"auto"` takes `"fused"` where it is available and
+            needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
+            `T * S` passes 2^19 (724 x 724); else `"dense"`. A length known only when a TensorFlow
+            graph runs is compared then.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -89,24 +96,34 @@ def attention(
     query, key, value = _check_tensors(query, key, value)
     visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
-    if implementation == "auto":
-        implementation = "fused" if _can_fuse(kernel, visibility) else "dense"
-    if implementation == "fused":
-        if not _can_fuse(kernel, visibility):
-            raise ValueError(
-                'implementation="fused" serves softmax and ssmax on the torch backend, with masks '
-                f"from Keras 3.14 on. Received: normalizer={normalizer!r} on the "
-                f"{keras.backend.backend()} backend, Keras {keras.version()}"
-            )
-        return _fused(query, key, value, factor, visibility)
-    if implementation != "dense":
+    if implementation not in ("auto", *COMPUTE):
         raise ValueError(
-            f"`implementation` must be one of {IMPLEMENTATIONS}. Received: "
+            f"`implementation` must be one of {('auto', *COMPUTE)}. Received: "
             f"implementation={implementation!r}"
         )
-    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
-    weights = dense.weights(query, key, kernel, factor, visibility, **options)
-    return dense.combine(weights, value)
+    if implementation == "fused" and not fused.is_available(kernel, visibility):
+        raise ValueError(
+            'implementation="fused" serves softmax and ssmax on the torch backend, with masks from '
+            f"Keras 3.14 on. Received: normalizer={normalizer!r} on the "
+            f"{keras.backend.backend()} backend, Keras {keras.version()}"
+        )
+    arguments = (query, key, value, kernel, factor, visibility, epsilon)
+    if implementation != "auto":
+        return COMPUTE[implementation](*arguments)
+    if keras.utils.is_keras_tensor(query):
+        return dense.attention(*arguments)
+    size = ops.shape(query)[1] * ops.shape(key)[1]
+    if fused.is_available(kernel, visibility) and (
+        not fused.needs_mask(visibility) or size <= MASKED_UP_TO
+    ):
+        return fused.attention(*arguments)
+    if isinstance(size, int):
+        return (dense if size <= DENSE_UP_TO else tiled).attention(*arguments)
+    return ops.cond(  # a length that is known only when the graph runs
+        size <= DENSE_UP_TO,
+        functools.partial(dense.attention, *arguments),
+        functools.partial(tiled.attention, *arguments),
+    )
 
 
 def attention_weights(
@@ -138,8 +155,7 @@ def attention_weights(
     query, key, _ = _check_tensors(query, key, key)
     visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
-    options = {"epsilon": epsilon} if kernel == "rectified_softpick" else {}
-    return dense.weights(query, key, kernel, factor, visibility, **options)
+    return dense.weights(query, key, kernel, factor, visibility, epsilon)
 
 
 def _visibility(
@@ -150,6 +166,7 @@ def _visibility(
     mask = check_mask("mask", mask, rank=(2, 4))
     key_mask = check_mask("key_mask", key_mask, rank=2)
     if mask is not None:
+        mask = ops.expand_dims(mask, (0, 1)) if len(mask.shape) == 2 else mask
         sizes = (batch, num_heads, length, key_length)
         check_broadcastable("mask", tuple(mask.shape), sizes, "[B, H, T, S]")
     if key_mask is not None:
@@ -198,50 +215,6 @@ def _query_factor(
     while len(length_scale.shape) < 3:
         length_scale = ops.expand_dims(length_scale, 0)
     return normalizer, ops.expand_dims(ops.transpose(length_scale * scale, (0, 2, 1)), -1)
-
-
-def _can_fuse(kernel: str, visibility: dict) -> bool:
-    if kernel != "softmax" or keras.backend.backend() != "torch":
-        return False
-    return TORCH_TAKES_BIAS or not _needs_mask(visibility)
-
-
-def _needs_mask(visibility: dict) -> bool:
-    """Whether more is hidden than what comes after the query's own position."""
-    offset = visibility["query_offset"]
-    return any(visibility[name] is not None for name in ("mask", "key_mask", "window")) or (
-        visibility["causal"] and not (isinstance(offset, int) and offset == 0)
-    )
-
-
-def _fused(query: Any, key: Any, value: Any, factor: Any, visibility: dict) -> Any:
-    """Softmax attention by `keras.ops.dot_product_attention`, which runs a fused kernel."""
-    dtype = dtype_of(value)
-    if dtype_of(query) == "float16" and not isinstance(factor, (int, float)):
-        # s log n times the query may pass the largest float16
-        query, key, value = widen(query), widen(key), widen(value)
-    num_heads, num_kv_heads = query.shape[2], key.shape[2]
-    if num_kv_heads == 1 < num_heads:  # more key heads are repeated inside
-        key, value = (ops.repeat(x, num_heads, axis=2) for x in (key, value))
-    if isinstance(factor, (int, float)):
-        scale = factor
-    else:
-        query, scale = ops.cast(widen(query) * factor, dtype_of(query)), 1.0
-    query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
-    if not _needs_mask(visibility):
-        out = ops.dot_product_attention(
-            query, key, value, scale=scale, is_causal=visibility["causal"]
-        )
-        return ops.cast(out, dtype)
-    visible = visible_keys(query_length, key_length, **visibility)
-    # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
-    # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
-    some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
-    closed = ops.where(some, -float("inf"), 0.0)
-    bias = ops.cast(ops.where(visible, 0.0, closed), dtype_of(query))
-    out = ops.dot_product_attention(query, key, value, bias=bias, scale=scale)
-    out = ops.where(ops.transpose(some, (0, 2, 1, 3)), out, ops.zeros_like(out))
-    return ops.cast(out, dtype)
 
 
 def _check_tensors(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

@@ -21,7 +21,7 @@ def weights(
     normalizer: str,
     scale: Any,
     visibility: dict[str, Any],
-    **options: Any,
+    epsilon: float = 1e-6,
 ) -> Any:
     """Attention weights `[B, H, T, S]` in float32 or wider.
 
@@ -33,7 +33,15 @@ def weights(
     key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
     logits = _matmul_by_group(query, key)  # [B, H, T, S]
     visible = visible_keys(query_length, key_length, **visibility)
+    options = {"epsilon": epsilon} if normalizer == "rectified_softpick" else {}
     return KERNELS[normalizer](logits, mask=visible, **options)
+
+
+def attention(
+    query: Any, key: Any, value: Any, normalizer: str, scale: Any, visibility: dict, epsilon: float
+) -> Any:
+    """`keras_ssattn.ops.attention` by way of all the weights."""
+    return combine(weights(query, key, normalizer, scale, visibility, epsilon), value)
 
 
 def combine(weights: Any, value: Any) -> Any:

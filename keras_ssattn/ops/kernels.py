@@ -1,18 +1,18 @@
 r"""What tiled attention needs of a normalizer, for tiles of logits seen one after the other.
 
 Attention is :math:`o_i = \sum_j f(x_{ij}) v_j / Z_i` with :math:`Z_i = c + \sum_j g(x_{ij})`.
-With :math:`dN = dO / Z` and :math:`\delta = dN \cdot o`, its gradient is
+With :math:`dN_i = dO_i / Z_i` and :math:`\delta_i = dN_i \cdot o_i`, its gradients are
 
 .. math::
     dx_{ij} = f'(x_{ij}) (dN_i \cdot v_j) - g'(x_{ij}) \delta_i, \quad
     dv_j = \sum_i f(x_{ij}) dN_i
 
-A kernel gives f and g, their derivatives, and c. Where m is the largest logit of a row so far,
-f, g and c may all be multiplied by e^-m, which cancels. The normalizers themselves, on whole
-rows, are in `normalizers.py`; tests hold the two together.
+A kernel gives f, g, c and dx. f, g and c may all be multiplied by e^-m, which cancels, where m is
+a maximum over the keys seen so far. The normalizers themselves, on whole rows, are in
+`normalizers.py`; tests hold the two together.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from keras import ops
 
@@ -22,24 +22,27 @@ LOWEST = -3.0e38  # finite, so that LOWEST - LOWEST is 0
 class Softmax:
     """f = g = exp(x - m), c = 0."""
 
-    uses_max = True
     first_max = LOWEST
     linear = False
-    absent = -float("inf")  # the logit of a key that is not seen: f = g = f' = g' = 0
+    absent = -float("inf")  # a logit for which f, g and dx are 0
     query_scale = 1.0
 
+    def peak(self, x: Any) -> Any:
+        """What m must not be below."""
+        return ops.max(x, axis=-1, keepdims=True)
+
     def values(self, x: Any, m: Any) -> tuple[Any, Any]:
-        """f and g."""
+        """Returns f and g."""
         e = ops.exp(x - m)
         return e, e
 
-    def derivatives(self, x: Any, m: Any) -> tuple[Any, Any, Any]:
-        """f, f' and g'."""
+    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
+        """Returns f and dx; `upstream` is dN . v."""
         e = ops.exp(x - m)
-        return e, e, e
+        return e, e * (upstream - delta)
 
     def constant(self, m: Any) -> Any:
-        """c."""
+        """Returns c."""
         return 0.0
 
 
@@ -50,42 +53,50 @@ class Softpick:
     sum_j (q . k_j) v_j = q . sum_j (k_j v_j^T).
     """
 
-    uses_max = False
     first_max = 0.0
     linear = True
-    absent = 0.0
+    absent = 0.0  # f and g are 0 there; dx is not
     query_scale = 2.0**-24  # x arrives multiplied by it
 
     def values(self, x: Any, m: Any) -> tuple[Any, Any]:
         return x, ops.abs(x)
 
-    def derivatives(self, x: Any, m: Any) -> tuple[Any, Any, Any]:
-        return x, ops.ones_like(x), ops.sign(x)
+    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
+        return x, upstream - ops.sign(x) * delta
 
     def constant(self, m: Any) -> Any:
         return self.query_scale
 
 
-class RectifiedSoftpick(NamedTuple):
-    """f = max(e^x - 1, 0), g = |e^x - 1|, c = epsilon, all times e^-m with m >= 0."""
+class RectifiedSoftpick:
+    """f = max(d, 0), g = |d|, c = epsilon e^-m with d = (e^x - 1) e^-m and m >= 0.
 
-    epsilon: float
+    m stays 0, and d = expm1(x) exact near 0, as long as no logit passes `HEADROOM`.
+    """
 
-    uses_max = True
+    HEADROOM = 30.0
     first_max = 0.0
     linear = False
     absent = 0.0
     query_scale = 1.0
 
-    def values(self, x: Any, m: Any) -> tuple[Any, Any]:
-        g = -ops.expm1(-ops.abs(x)) * ops.exp(ops.relu(x) - m)
-        return ops.where(x > 0, g, 0.0), g
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
 
-    def derivatives(self, x: Any, m: Any) -> tuple[Any, Any, Any]:
-        below = ops.expm1(-ops.abs(x))  # e^-|x| - 1
-        above = ops.exp(ops.relu(x) - m)  # e^max(x, 0) e^-m
-        slope = ops.where(x > 0, above, 0.0)
-        return -below * slope, slope, slope - ops.where(x < 0, (1.0 + below) * above, 0.0)
+    def peak(self, x: Any) -> Any:
+        return ops.max(x, axis=-1, keepdims=True) - self.HEADROOM
+
+    def difference(self, x: Any, m: Any) -> Any:
+        """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
+        return ops.expm1(x - m) - ops.expm1(-m)
+
+    def values(self, x: Any, m: Any) -> tuple[Any, Any]:
+        d = self.difference(x, m)
+        return ops.relu(d), ops.abs(d)
+
+    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
+        d, sign = self.difference(x, m), ops.sign(x)
+        return ops.relu(d), (d + ops.exp(-m)) * (ops.relu(sign) * upstream - sign * delta)
 
     def constant(self, m: Any) -> Any:
         return self.epsilon * ops.exp(-m)

@@ -24,12 +24,15 @@ def split(x: Any, size: int, groups: int = 1) -> Any:
     batch, length = ops.shape(x)[:2]
     num_heads, width = x.shape[2:]
     num_heads //= groups
-    if not isinstance(length, int) or length % size:
-        padding = ops.zeros((batch, -length % size, *x.shape[2:]), x.dtype)
-        x = ops.concatenate([x, padding], axis=1)
+    count = -(-length // size)
+    if isinstance(length, int):
+        count = max(count, 1)
+    padding = count * size - length
+    if not isinstance(length, int) or padding:
+        x = ops.concatenate([x, ops.zeros((batch, padding, *x.shape[2:]), x.dtype)], axis=1)
     x = ops.reshape(x, (batch, -1, size, num_heads, groups, width))
     x = ops.transpose(x, (1, 0, 3, 4, 2, 5))
-    return ops.reshape(x, (-(-length // size), batch, num_heads, groups * size, width))
+    return ops.reshape(x, (count, batch, num_heads, groups * size, width))
 
 
 def merge(x: Any, length: Any, groups: int = 1) -> Any:

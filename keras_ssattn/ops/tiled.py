@@ -1,0 +1,101 @@
+"""Tiled attention: every normalizer in memory linear in the number of keys."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_ssattn.ops import kernels, tiled_passes, tiles
+from keras_ssattn.ops._arguments import dtype_of, widen
+from keras_ssattn.ops.band import Band
+
+QUERY_TILE, KEY_TILE = 512, 256  # positions, at most; measured on two CPU cores
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    normalizer: str,
+    scale: Any,
+    visibility: dict[str, Any],
+    epsilon: float,
+) -> Any:
+    """`keras_ssattn.ops.attention` without a `T x S` tensor, forward or backward.
+
+    Of the forward pass only the output and two numbers per row are kept. The backward pass is
+    written by hand, and is not differentiable again.
+    """
+    kernel = kernels.get(normalizer, epsilon)
+    groups = query.shape[2] // key.shape[2]
+    length, key_length = ops.shape(query)[1], ops.shape(key)[1]
+    query_size = _tile_size(length, max(QUERY_TILE // groups, 1))
+    key_size = _tile_size(key_length, KEY_TILE)
+    key_mask = visibility["key_mask"]
+    if key_mask is not None and kernel.absent == 0:
+        # a key of zeros has the logit 0, which such a kernel ignores
+        key, key_mask = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key)), None
+    if key_mask is not None:
+        key_mask = ops.cast(tiles.split(_as_vectors(key_mask), key_size), "bool")
+        key_mask = tiles.unstack(ops.swapaxes(key_mask, -1, -2))
+    stacks = (
+        tiles.split(widen(query) * scale * kernel.query_scale, query_size, groups),
+        tiles.split(key, key_size),
+        tiles.split(value, key_size),
+    )
+    key_count = ops.shape(stacks[1])[0]
+    exact = isinstance(key_length, int) and key_length == key_count * key_size
+    band = Band(
+        query_size,
+        key_size,
+        key_count=key_count,
+        key_length=None if exact or kernel.absent == 0 else key_length,
+        groups=groups,
+        causal=visibility["causal"],
+        window=visibility["window"],
+        query_offset=visibility["query_offset"],
+        mask=_mask_by_group(visibility["mask"], groups, query_size, key_size),
+        key_mask=key_mask,
+    )
+    out = tiles.merge(_with_gradient(kernel, band)(*stacks), length, groups)
+    return ops.cast(out, dtype_of(value))
+
+
+def _with_gradient(kernel: Any, band: Band) -> Any:
+    @ops.custom_gradient
+    def attend(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+        out, *sums = tiled_passes.forward(query, key, value, kernel, band)
+        kept = tuple(ops.stop_gradient(x) for x in (query, key, value, out, *sums))
+
+        def gradient(*args: Any, upstream: Any = None) -> tuple[Any, Any, Any]:
+            upstream = args[0] if upstream is None else upstream
+            return tiled_passes.backward(kept, upstream, kernel, band)
+
+        return out, gradient
+
+    return attend
+
+
+def _tile_size(length: Any, most: int) -> int:
+    return min(most, max(-(-length // 8), 1) * 8) if isinstance(length, int) else most
+
+
+def _as_vectors(x: Any) -> Any:
+    """`[B, T]` of integers or booleans as int32 `[B, T, 1, 1]`, for `tiles.split`."""
+    return ops.expand_dims(ops.cast(x, "int32"), (2, 3))
+
+
+def _mask_by_group(mask: Any, groups: int, query_size: int, key_size: int) -> Any:
+    """`[B|1, H|1, T|1, S|1]` as `[B|1, K|1, G|1, T|1, S|1]`, T and S padded to whole tiles."""
+    if mask is None:
+        return None
+    batch, num_heads, length, key_length = ops.shape(mask)
+    heads = (1, 1) if mask.shape[1] == 1 else (num_heads // groups, groups)
+    mask = ops.reshape(mask, (batch, *heads, length, key_length))
+    for axis, size in ((3, query_size), (4, key_size)):
+        if mask.shape[axis] == 1:
+            continue
+        shape = list(ops.shape(mask))
+        shape[axis] = -shape[axis] % size
+        if not isinstance(shape[axis], int) or shape[axis]:
+            mask = ops.concatenate([mask, ops.zeros(shape, "bool")], axis=axis)
+    return mask

@@ -1,0 +1,168 @@
+"""`ops.attention(implementation="tiled")`: every tile, length and way to run it."""
+
+import functools
+import sys
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import keras
+import numpy as np
+import oracle
+import pytest
+from helpers import gradients, relative_error, to_numpy
+from hypothesis import strategies as st
+
+from keras_ssattn import ops
+from keras_ssattn.ops import tiled
+from keras_ssattn.ops.band import Band
+
+NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
+
+
+def inputs(rng, length=37, key_length=41, heads=4, kv_heads=2, size=5, value_size=3):
+    shapes = ((2, length, heads, size), (2, key_length, kv_heads, size),
+              (2, key_length, kv_heads, value_size))  # fmt: skip
+    return [rng.normal(size=shape).astype("float32") for shape in shapes]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "QUERY_TILE", 16)
+    monkeypatch.setattr(tiled, "KEY_TILE", 8)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 12, 30])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("offset", [0, 11])
+@pytest.mark.parametrize("key_length", [None, 29])
+def test_band_visits_what_is_seen_and_masks_what_is_cut(key_length, offset, causal, window):
+    sizes, count = (6, 4), 8
+    visible = oracle.visible(24, 32, causal=causal, window=window, query_offset=offset)[0, 0]
+    if key_length is not None:
+        visible[:, key_length:] = False
+    band = Band(*sizes, count, key_length, causal=causal, window=window, query_offset=offset)
+    for i in range(4):
+        visited = {}
+        for start, stop, cut in band.ranges(i):
+            visited.update(dict.fromkeys(range(start, stop), cut))
+        for j in range(count):
+            tile = visible[i * 6 : (i + 1) * 6, j * 4 : (j + 1) * 4]
+            if not tile.any():
+                assert j not in visited or (j + 1) * 4 > (key_length or 32)
+            else:
+                assert tile.all() or visited[j]
+                if tile.all() and causal and window is None:
+                    assert not visited[j]
+            if visited.get(j):
+                seen = to_numpy(band.visible(i, j))
+                seen = np.broadcast_to(seen.reshape(seen.shape[-2:]), tile.shape)
+                np.testing.assert_array_equal(seen, tile)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@hypothesis.settings(
+    max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    lengths=st.sampled_from([(37, 41), (16, 16), (1, 33), (30, 3)]),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    key_mask=st.none() | hnp.arrays(bool, (2, 41)),
+    mask=st.none() | st.sampled_from([(37, 41), (2, 1, 37, 41), (1, 1, 1, 41), (2, 1, 37, 1)]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 45),
+    offset=st.sampled_from([0, 7, (0, 9)]),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_oracle_and_the_dense_gradients(
+    normalizer, lengths, heads, key_mask, mask, causal, window, offset, seed
+):
+    length, key_length = lengths
+    rng = np.random.default_rng(seed)
+    arrays = inputs(rng, length, key_length, *heads)
+    case = {"causal": causal, "window": window}
+    case["query_offset"] = offset if isinstance(offset, int) else np.array(offset)
+    if key_mask is not None:
+        case["key_mask"] = key_mask[:, :key_length]
+    if mask is not None:
+        case["mask"] = (rng.random(mask) < 0.6)[..., :length, :key_length]
+    run = functools.partial(ops.attention, normalizer=normalizer, **case)
+    expected = oracle.attention(*arrays, normalizer, **case)
+    actual = to_numpy(run(*arrays, implementation="tiled"))
+    assert relative_error(actual, expected) < 2e-6
+    np.testing.assert_array_equal(actual, to_numpy(run(*arrays, implementation="tiled")))
+    cotangent = rng.normal(size=expected.shape).astype("float32")
+    pair = [
+        gradients(functools.partial(run, implementation=x), arrays, cotangent)
+        for x in ("tiled", "dense")
+    ]
+    for gradient, reference in zip(*pair, strict=True):
+        # a lone key's gradient is a difference of equal numbers
+        np.testing.assert_allclose(gradient, reference, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradient_is_that_of_the_oracle(normalizer, rng):
+    arrays = inputs(rng, 17, 19, 2, 1, 3, 2)
+    case = {"causal": True, "query_offset": 2, "window": 14}
+    cotangent = rng.normal(size=(2, 17, 2, 2)).astype("float32")
+    reference = functools.partial(oracle.attention, name=normalizer, **case)
+    expected = oracle.finite_difference(reference, arrays, cotangent)
+    function = functools.partial(
+        ops.attention, normalizer=normalizer, implementation="tiled", **case
+    )
+    for a, e in zip(gradients(function, arrays, cotangent), expected, strict=True):
+        assert relative_error(a, e) < 2e-6
+
+
+def compiled(function):
+    """The function as the backend compiles it, lengths unknown where it can be so."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        spec = tf.TensorSpec((None, None, 4, 5)), tf.TensorSpec((None, None, 2, 5))
+        return tf.function(function, input_signature=[*spec, tf.TensorSpec((None, None, 2, 3))])
+    return function
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("implementation", ["tiled", "auto"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_compiled_with_unknown_lengths(normalizer, implementation, rng, monkeypatch):
+    monkeypatch.setattr(sys.modules["keras_ssattn.ops.attention"], "DENSE_UP_TO", 500)
+    case = {"causal": True, "query_offset": 4}
+    function = functools.partial(
+        ops.attention, normalizer=normalizer, implementation=implementation, **case
+    )
+    run = compiled(function)
+    for lengths in ((37, 41), (5, 9)):
+        arrays = inputs(rng, *lengths)
+        expected = oracle.attention(*arrays, normalizer, **case)
+        assert relative_error(to_numpy(run(*arrays)), expected) < 2e-6
+        cotangent = rng.normal(size=expected.shape).astype("float32")
+        pair = [gradients(f, arrays, cotangent) for f in (run, function)]
+        for gradient, reference in zip(*pair, strict=True):
+            assert relative_error(gradient, reference) < 2e-6
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_nothing(lengths, rng):
+    arrays = inputs(rng, *lengths)
+    out = ops.attention(*arrays, "ssmax", implementation="tiled")
+    np.testing.assert_array_equal(to_numpy(out), np.zeros((2, lengths[0], 4, 3)))
+
+
+def test_auto_takes_tiles_where_there_are_many_weights(monkeypatch, rng):
+    taken = []
+    original = tiled.attention
+    monkeypatch.setattr(tiled, "attention", lambda *args: taken.append(1) or original(*args))
+    for length in (60, 725):
+        q = rng.normal(size=(1, length, 1, 2)).astype("float32")
+        ops.attention(q, q, q, "softpick", causal=True)
+    assert len(taken) == 1
