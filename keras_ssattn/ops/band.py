@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ssattn.ops.tiles import runs_eagerly
+from keras_ssattn.ops.tiles import runs_eagerly, unstack
 
 
 class Band:
@@ -39,7 +39,8 @@ class Band:
         self.query_size, self.key_size, self.key_count = query_size, key_size, key_count
         self.key_length, self.groups = key_length, groups
         self.causal, self.window = causal, window
-        self.mask, self.key_mask, self.segments = mask, key_mask, segments
+        self.mask, self.segments = mask, segments
+        self.key_mask = None if key_mask is None else unstack(key_mask)
         self.offset = query_offset
         self.first_offset = self.last_offset = query_offset
         if not isinstance(query_offset, int):

@@ -1,5 +1,6 @@
 """Tiled attention: every normalizer in memory linear in the number of keys."""
 
+import functools
 from typing import Any
 
 from keras import ops
@@ -34,9 +35,6 @@ def attention(
     if key_mask is not None and kernel.absent == 0:
         # a key of zeros has the logit 0, which such a kernel ignores
         key, key_mask = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key)), None
-    if key_mask is not None:
-        key_mask = ops.cast(tiles.split(_as_vectors(key_mask), key_size), "bool")
-        key_mask = tiles.unstack(ops.swapaxes(key_mask, -1, -2))
     stacks = (
         tiles.split(widen(query) * scale * kernel.query_scale, query_size, groups),
         tiles.split(key, key_size),
@@ -44,7 +42,8 @@ def attention(
     )
     key_count = ops.shape(stacks[1])[0]
     exact = isinstance(key_length, int) and key_length == key_count * key_size
-    band = Band(
+    make_band = functools.partial(
+        Band,
         query_size,
         key_size,
         key_count=key_count,
@@ -52,23 +51,37 @@ def attention(
         groups=groups,
         causal=visibility["causal"],
         window=visibility["window"],
-        query_offset=visibility["query_offset"],
-        mask=_mask_by_group(visibility["mask"], groups, query_size, key_size),
-        key_mask=key_mask,
     )
-    out = tiles.merge(_with_gradient(kernel, band)(*stacks), length, groups)
+    tensors = {
+        "query_offset": ops.convert_to_tensor(visibility["query_offset"], "int32"),
+        "mask": _mask_by_group(visibility["mask"], groups, query_size, key_size),
+        "key_mask": None if key_mask is None else _split_vector(key_mask, key_size),
+    }
+    if isinstance(visibility["query_offset"], int):
+        del tensors["query_offset"]
+        make_band = functools.partial(make_band, query_offset=visibility["query_offset"])
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    attend = _with_gradient(kernel, make_band, tuple(tensors))
+    out = tiles.merge(attend(*stacks, *tensors.values()), length, groups)
     return ops.cast(out, dtype_of(value))
 
 
-def _with_gradient(kernel: Any, band: Band) -> Any:
+def _with_gradient(kernel: Any, make_band: Any, names: tuple[str, ...]) -> Any:
+    """The function of stacks, and of the named tensors of a band, which have no gradient.
+
+    JAX wants every tensor to be an argument: it may not be closed over.
+    """
+
     @ops.custom_gradient
-    def attend(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    def attend(query: Any, key: Any, value: Any, *tensors: Any) -> tuple[Any, Any]:
+        band = make_band(**dict(zip(names, tensors, strict=True)))
         out, *sums = tiled_passes.forward(query, key, value, kernel, band)
         kept = tuple(ops.stop_gradient(x) for x in (query, key, value, out, *sums))
 
-        def gradient(*args: Any, upstream: Any = None) -> tuple[Any, Any, Any]:
+        def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             upstream = args[0] if upstream is None else upstream
-            return tiled_passes.backward(kept, upstream, kernel, band)
+            gradients = tiled_passes.backward(kept, upstream, kernel, band)
+            return (*gradients, *(None for _ in names))
 
         return out, gradient
 
@@ -79,9 +92,10 @@ def _tile_size(length: Any, most: int) -> int:
     return min(most, max(-(-length // 8), 1) * 8) if isinstance(length, int) else most
 
 
-def _as_vectors(x: Any) -> Any:
-    """`[B, T]` of integers or booleans as int32 `[B, T, 1, 1]`, for `tiles.split`."""
-    return ops.expand_dims(ops.cast(x, "int32"), (2, 3))
+def _split_vector(x: Any, size: int) -> Any:
+    """Cuts `[B, T]` of integers or booleans into a stack `[n, B, 1, 1, size]`."""
+    stack = tiles.split(ops.expand_dims(ops.cast(x, "int32"), (2, 3)), size)
+    return ops.cast(ops.swapaxes(stack, -1, -2), x.dtype)
 
 
 def _mask_by_group(mask: Any, groups: int, query_size: int, key_size: int) -> Any:
