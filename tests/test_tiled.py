@@ -98,8 +98,9 @@ def test_equals_the_oracle_and_the_dense_gradients(
     dense = functools.partial(run, implementation="dense")
     pair = [gradients(function, arrays, cotangent) for function in (tiles, dense)]
     for gradient, reference in zip(*pair, strict=True):
-        # a lone key's gradient is a difference of equal numbers
-        np.testing.assert_allclose(gradient, reference, rtol=2e-5, atol=1e-5)
+        # Softpick's gradient at a lone small logit is a difference of large numbers, in both.
+        scale = max(np.abs(reference).max(), 5.0)
+        np.testing.assert_allclose(gradient, reference, rtol=0, atol=2e-5 * scale)
 
 
 @pytest.mark.usefixtures("small_tiles")
