@@ -26,7 +26,11 @@ from keras_ssattn.layers import (
     LogLengthScale,
     MeanPool,
     MultiHeadAttention,
+    PositionTemperature,
+    QueryAwareScale,
+    QwenLogScale,
     RectifiedSoftpick,
+    RotaryEmbedding,
     Softmax,
     Softpick,
     SSMax,
@@ -46,6 +50,7 @@ def predict(model, *inputs):
 X = sequences(3)
 CONTEXT = sequences(3, 5, 11)
 N = np.arange(21, dtype="int32").reshape(3, 1, TIME)
+HEADS = sequences(3, TIME, 2 * 6).reshape(3, TIME, 2, 6)
 
 # class: (required arguments, other arguments, inputs)
 LAYERS = {
@@ -72,6 +77,7 @@ LAYERS = {
             use_bias=False,
             output_shape=(2, 3),
             sliding_window=4,
+            rotary=RotaryEmbedding(fraction=0.7),
             qk_norm=True,
             kernel_initializer="he_normal",
             bias_initializer="ones",
@@ -83,10 +89,26 @@ LAYERS = {
         ),
         (X, CONTEXT),
     ),
+    PositionTemperature: (
+        {},
+        dict(beta=0.2, original_length=4, first_position=1, num_heads=2),
+        (N,),
+    ),
+    QueryAwareScale: ({}, dict(hidden_size=5, num_heads=2), (N, HEADS)),
+    QwenLogScale: (dict(train_length=4), dict(num_heads=2), (N,)),
     RectifiedSoftpick: (
         {},
         dict(axis=(1, 2), epsilon=1e-3, length_scale=LogLengthScale(init_s=0.3)),
         (X,),
+    ),
+    RotaryEmbedding: (
+        {},
+        dict(
+            theta=500.0,
+            fraction=0.7,
+            scaling=dict(type="yarn", factor=4, original_length=16),
+        ),
+        (HEADS,),
     ),
     Softmax: ({}, dict(axis=1, length_scale=LogLengthScale(use_bias=True)), (X,)),
     Softpick: ({}, dict(axis=-2, length_scale=LogLengthScale(init_s=0.3)), (X,)),
@@ -104,6 +126,7 @@ LAYERS = {
             causal=True,
             cross_attention=True,
             sliding_window=4,
+            rotary=RotaryEmbedding(theta=500.0),
             qk_norm=True,
             ffn_type="gated",
             ffn_expansion=1.5,
@@ -126,10 +149,10 @@ CASES = [
 
 def call(layer, inputs):
     """Calls a layer with as many inputs as it takes."""
-    takes_context = isinstance(layer, MultiHeadAttention) or (
+    takes_two = isinstance(layer, (MultiHeadAttention, QueryAwareScale)) or (
         isinstance(layer, TransformerBlock) and layer.cross_attention
     )
-    return layer(*inputs[: 2 if takes_context else 1])
+    return layer(*inputs[: 2 if takes_two else 1])
 
 
 def test_every_public_layer_is_in_the_table():
@@ -199,10 +222,10 @@ def test_build_from_config_makes_the_same_layer(cls, arguments, inputs):
 def test_symbolic_output_is_the_eager_one(cls, arguments, inputs, policy):
     layer = cls(**arguments, dtype=policy)
     symbolic = [
-        keras.Input((None, *x.shape[2:]), dtype=str(x.dtype)) if x.ndim == 3 else x for x in inputs
+        keras.Input((None, *x.shape[2:]), dtype=str(x.dtype)) if x.ndim > 2 else x for x in inputs
     ]
     if isinstance(layer, LengthScale):
-        symbolic = [keras.Input((1, None), dtype="int32")]
+        symbolic[0] = keras.Input((1, None), dtype="int32")
     spec = call(layer, symbolic)
     y = call(layer, inputs)
     assert spec.dtype == keras.utils.standardize_dtype(y.dtype)
@@ -215,7 +238,8 @@ def test_symbolic_output_is_the_eager_one(cls, arguments, inputs, policy):
 def test_compute_output_shape(cls, arguments, inputs):
     layer = cls(**arguments)
     y = call(layer, inputs)
-    shapes = [x.shape for x in inputs][: 2 if isinstance(layer, MultiHeadAttention) else 1]
+    takes_two = isinstance(layer, (MultiHeadAttention, QueryAwareScale))
+    shapes = [x.shape for x in inputs][: 2 if takes_two else 1]
     assert tuple(layer.compute_output_shape(*shapes)) == tuple(y.shape)
 
 
@@ -269,7 +293,9 @@ def test_sequence_model_survives_saving(normalizer, ending, tmp_path):
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize(
-    "cls", [c for c in LAYERS if not issubclass(c, LengthScale)], ids=lambda c: c.__name__
+    "cls",
+    [c for c in LAYERS if not issubclass(c, (LengthScale, RotaryEmbedding))],
+    ids=lambda c: c.__name__,
 )
 def test_layer_with_every_option_survives_saving(cls, ending, tmp_path):
     required, other, _ = LAYERS[cls]

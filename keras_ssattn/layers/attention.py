@@ -16,7 +16,18 @@ from keras_ssattn.layers._config import (
     serialize_policy,
 )
 from keras_ssattn.layers._masks import attention_mask_by_head, both_masks, padding_mask
-from keras_ssattn.ops import attention, attention_weights, dense, key_count
+from keras_ssattn.layers.projection import check_output_shape, projection
+from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.ops import (
+    Cache,
+    attention,
+    attention_weights,
+    dense,
+    key_count,
+    make_cache,
+    update_cache,
+)
+from keras_ssattn.ops._arguments import dtype_of, widen
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -44,6 +55,7 @@ class MultiHeadAttention(keras.layers.Layer):
             to the query's last dimension.
         sliding_window: a query sees keys less than `sliding_window` positions away, on either
             side unless `use_causal_mask`. `None` for all.
+        rotary: a `RotaryEmbedding` layer for queries and keys, or its config; `None` for none.
         qk_norm: whether to apply RMS normalization to each query and key head, before the
             length scale (after it, it would undo it).
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
@@ -62,6 +74,11 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores: whether to return the weights as well.
         training: whether dropout applies.
         use_causal_mask: whether a query sees no later position.
+        cache: a `Cache` of earlier positions, from `make_cache`. The keys and values of these T
+            are written to it from `cache_index` on, with their mask, and the queries see all
+            that it holds up to their own positions; `use_causal_mask=True` is required.
+        cache_index: position of the first of these T: an integer, or an integer tensor, scalar
+            or `[B]`, one for each row. `cache_index + T` must not pass the cache's length.
 
     All masks are combined by "and". n, the count that SSMax scales by, is the number of keys
     that each query then sees.
@@ -69,7 +86,8 @@ class MultiHeadAttention(keras.layers.Layer):
     Returns:
         `[B, T, E]` or `[B, T, *output_shape]`; with `return_attention_scores=True` a pair of it
         and the weights, `[B, H, T, S]`, after dropout is decided but before it applies. The
-        mask attached to the query is attached to the output.
+        mask attached to the query is attached to the output. With a `cache`, a tuple that ends
+        with the new one.
 
     Raises:
         ValueError: for sizes, rates, windows and shapes that do not fit.
@@ -100,6 +118,7 @@ class MultiHeadAttention(keras.layers.Layer):
         use_bias: bool = True,
         output_shape: Any = None,
         sliding_window: int | None = None,
+        rotary: Any = None,
         qk_norm: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
@@ -123,10 +142,12 @@ class MultiHeadAttention(keras.layers.Layer):
         self.value_dim = value_dim or key_dim
         self.num_kv_heads = num_kv_heads
         self.normalizer = normalizer.copy_for(num_heads, name="normalizer", dtype=self.dtype_policy)
+        self.normalizer.length_scale.query_size = key_dim
         self.dropout = dropout
         self.use_bias = use_bias
-        self._output_shape = _output_shape(output_shape)
+        self._output_shape = check_output_shape(output_shape)
         self.sliding_window = sliding_window
+        self.rotary = get_rotary(rotary)
         self.qk_norm = qk_norm
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -147,15 +168,15 @@ class MultiHeadAttention(keras.layers.Layer):
                 )
         # Names and attributes are those of Keras's layer, so that its files of weights load.
         into_heads = "abc,cde->abde"
-        self.query_dense = self._projection("query", into_heads, (self.num_heads, self.key_dim))
-        self.key_dense = self._projection("key", into_heads, (self.num_kv_heads, self.key_dim))
-        self.value_dense = self._projection(
-            "value", into_heads, (self.num_kv_heads, self.value_dim)
+        self.query_dense = projection(self, "query", into_heads, (self.num_heads, self.key_dim))
+        self.key_dense = projection(self, "key", into_heads, (self.num_kv_heads, self.key_dim))
+        self.value_dense = projection(
+            self, "value", into_heads, (self.num_kv_heads, self.value_dim)
         )
         features = self._output_shape or (query_shape[-1],)
         axes = "efgh"[: len(features)]
-        self.output_dense = self._projection(
-            "attention_output", f"abcd,cd{axes}->ab{axes}", features
+        self.output_dense = projection(
+            self, "attention_output", f"abcd,cd{axes}->ab{axes}", features
         )
         self.query_dense.build(query_shape)
         self.key_dense.build(key_shape)
@@ -168,26 +189,6 @@ class MultiHeadAttention(keras.layers.Layer):
         self.query_norm = self._head_norm("query_norm", self.num_heads)
         self.key_norm = self._head_norm("key_norm", self.num_kv_heads)
         freeze_sublayers(self)
-
-    def _projection(self, name: str, equation: str, output_shape: tuple) -> Any:
-        def fresh(initializer: Any) -> Any:  # one instance gives every kernel the same values
-            return type(initializer).from_config(initializer.get_config())
-
-        projection = keras.layers.EinsumDense(
-            equation,
-            output_shape=(None, *output_shape),
-            bias_axes=equation.split("->")[1][2:] if self.use_bias else None,
-            kernel_initializer=fresh(self.kernel_initializer),
-            bias_initializer=fresh(self.bias_initializer),
-            kernel_regularizer=self.kernel_regularizer,
-            bias_regularizer=self.bias_regularizer,
-            kernel_constraint=self.kernel_constraint,
-            bias_constraint=self.bias_constraint,
-            dtype=self.dtype_policy,
-            name=name,
-        )
-        projection.supports_masking = True
-        return projection
 
     def _head_norm(self, name: str, num_heads: int) -> Any:
         if not self.qk_norm:
@@ -212,7 +213,11 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        cache: Any = None,
+        cache_index: Any = 0,
     ) -> Any:
+        if cache is not None and not use_causal_mask:
+            raise ValueError("`cache` goes with `use_causal_mask=True`. Received: False")
         sizes = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
         query_mask = padding_mask("query_mask", query_mask, sizes[::2], "[B, T]")
         visibility = {
@@ -220,14 +225,24 @@ class MultiHeadAttention(keras.layers.Layer):
             "key_mask": both_masks(value_mask, key_mask, sizes[::3]),
             "causal": use_causal_mask,
             "window": self.sliding_window,
+            "query_offset": cache_index,
         }
         key = self.key_dense(value if key is None else key)  # [B, S, K, D]
         query, value = self.query_dense(query), self.value_dense(value)
         query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary is not None:
+            query, key = (self.rotary(x, offset=cache_index) for x in (query, key))
+        if cache is not None:
+            cache = update_cache(cache, cache_index, key, value, visibility["key_mask"])
+            key, value, visibility["key_mask"] = cache
         options = {"normalizer": self.normalizer.kernel, **self.normalizer.kernel_options()}
         if self.normalizer.uses_count:
             n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
-            options["length_scale"] = self.normalizer.length_scale(n)
+            if self.normalizer.length_scale.uses_query:
+                factor = self.normalizer.length_scale(n, query)
+                query = ops.cast(widen(query) * factor, dtype_of(query))
+            else:
+                options["length_scale"] = self.normalizer.length_scale(n)
         weights = None
         if return_attention_scores or self.dropout > 0:
             weights = attention_weights(query, key, **visibility, **options)
@@ -240,8 +255,15 @@ class MultiHeadAttention(keras.layers.Layer):
             if query_mask is not None:
                 seen = ops.expand_dims(query_mask, (2, 3))  # [B, T, 1, 1]
                 output = ops.where(seen, output, ops.zeros_like(output))
-        output = self.output_dense(output)
-        return (output, weights) if return_attention_scores else output
+        results = [self.output_dense(output)]
+        results += [weights] if return_attention_scores else []
+        results += [cache] if cache is not None else []
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def make_cache(self, batch_size: int, length: int) -> Any:
+        """An empty `Cache` for `length` positions, in the layer's compute dtype."""
+        sizes = (self.num_kv_heads, self.key_dim, self.value_dim)
+        return make_cache(batch_size, length, *sizes, dtype=self.compute_dtype)
 
     def compute_output_shape(
         self, query_shape: Any, value_shape: Any, key_shape: Any = None
@@ -254,14 +276,18 @@ class MultiHeadAttention(keras.layers.Layer):
         value: Any,
         *args: Any,
         return_attention_scores: bool = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         shape = self.compute_output_shape(query.shape, value.shape)
-        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
-        if not return_attention_scores:
-            return output
-        shape = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
-        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        results: list[Any] = [keras.KerasTensor(shape, dtype=self.compute_dtype)]
+        if return_attention_scores:
+            key_length = value.shape[1] if cache is None else cache[0].shape[1]
+            shape = (query.shape[0], self.num_heads, query.shape[1], key_length)
+            results.append(keras.KerasTensor(shape, dtype=self.compute_dtype))
+        if cache is not None:
+            results.append(Cache(*(keras.KerasTensor(x.shape, dtype=x.dtype) for x in cache)))
+        return results[0] if len(results) == 1 else tuple(results)
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -274,6 +300,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,
             "sliding_window": self.sliding_window,
+            "rotary": self.rotary and serialize_options(self.rotary),
             "qk_norm": self.qk_norm,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
@@ -284,13 +311,3 @@ class MultiHeadAttention(keras.layers.Layer):
             "seed": self.seed,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
-
-
-def _output_shape(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    shape = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    shape = tuple(check_positive("output_shape", size) for size in shape)
-    if not 1 <= len(shape) <= 4:
-        raise ValueError(f"`output_shape` must have 1 to 4 sizes. Received: output_shape={value}")
-    return shape

@@ -15,7 +15,9 @@ class LengthScale(keras.layers.Layer):
     """No length scale: the logits are left as they are, whatever the number of keys.
 
     The base class of length scales. A subclass sets `uses_count = True` and returns from
-    `call(n)` the factor that multiplies the logits of a query that sees n keys.
+    `call(n)` the factor that multiplies the logits of a query that sees n keys. One with
+    `uses_query = True` too returns from `call(n, query)` the factor of the query, `[B, T, H, D]`
+    or broadcastable to it; it has a use in attention layers only.
 
     Args:
         num_heads: number of attention heads, for one set of parameters per head; `None` for
@@ -44,6 +46,8 @@ class LengthScale(keras.layers.Layer):
     """
 
     uses_count = False
+    uses_query = False  # whether `call` takes the query as well
+    query_size: int | None = None  # features of a query head; attention layers set it
 
     def __init__(self, num_heads: int | None = None, **kwargs: Any) -> None:
         if num_heads is not None and (

@@ -73,6 +73,11 @@ class Normalizer(keras.layers.Layer):
         freeze_sublayers(self)
 
     def call(self, logits: Any, mask: Any = None) -> Any:
+        if self.length_scale.uses_query:
+            raise ValueError(
+                f"the length scale `{type(self.length_scale).__name__}` needs the query, which a "
+                "normalizer by itself has not. Use it in an attention layer."
+            )
         mask = align_left(mask, logits)
         function = getattr(normalizers, self.kernel)
         options = self.kernel_options()

@@ -18,6 +18,7 @@ from keras_ssattn.layers._config import (
 )
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
+from keras_ssattn.layers.rotary import get_rotary
 
 NORM_EPSILON = 1e-5  # Edifice's
 
@@ -38,6 +39,7 @@ class TransformerBlock(keras.layers.Layer):
         causal: whether self-attention sees no later position.
         cross_attention: whether the block also attends to a `context`.
         sliding_window: of self-attention, as in `MultiHeadAttention`.
+        rotary: of self-attention, as in `MultiHeadAttention`.
         qk_norm: as in `MultiHeadAttention`.
         ffn_type: `"standard"` or `"gated"`.
         ffn_expansion: size of the feed-forward network's inner layer as a multiple of the
@@ -57,9 +59,11 @@ class TransformerBlock(keras.layers.Layer):
         context_mask: boolean `[B, S]`. Defaults to the mask attached to `context`.
         attention_mask: of self-attention, as in `MultiHeadAttention`.
         training: whether dropout applies.
+        cache: of self-attention, from `make_cache`, in a causal block; see `MultiHeadAttention`.
+        cache_index: position of the first step, as in `MultiHeadAttention`.
 
     Returns:
-        `[B, T, E]`, with the mask of `inputs`.
+        `[B, T, E]`, with the mask of `inputs`; with a `cache`, a pair of it and the new cache.
 
     Raises:
         ValueError: for sizes that do not fit, unknown choices, a `context` without
@@ -87,6 +91,7 @@ class TransformerBlock(keras.layers.Layer):
         causal: bool = False,
         cross_attention: bool = False,
         sliding_window: int | None = None,
+        rotary: Any = None,
         qk_norm: bool = False,
         ffn_type: str = "standard",
         ffn_expansion: float | None = None,
@@ -115,6 +120,8 @@ class TransformerBlock(keras.layers.Layer):
         self.causal = causal
         self.cross_attention = cross_attention
         self.sliding_window = sliding_window
+        rotary = get_rotary(rotary)
+        self._rotary = lambda: rotary
         self.qk_norm = qk_norm
         self.ffn_type = ffn_type
         self.ffn_expansion = ffn_expansion
@@ -137,7 +144,7 @@ class TransformerBlock(keras.layers.Layer):
                 "`context` goes with `cross_attention=True`. Received: "
                 f"cross_attention={self.cross_attention}, context with shape {context_shape}"
             )
-        self.attention = self._attention("attention", size, self.sliding_window)
+        self.attention = self._attention("attention", size, self.sliding_window, self._rotary())
         self.attention.build(inputs_shape, inputs_shape)
         self.attention_norm = self._norm("attention_norm", inputs_shape)
         self.attention_dropout = self._dropout("attention_dropout")
@@ -161,7 +168,9 @@ class TransformerBlock(keras.layers.Layer):
         self.feed_forward_dropout = self._dropout("feed_forward_dropout")
         freeze_sublayers(self)
 
-    def _attention(self, name: str, size: int, sliding_window: int | None = None) -> Any:
+    def _attention(
+        self, name: str, size: int, sliding_window: int | None = None, rotary: Any = None
+    ) -> Any:
         return MultiHeadAttention(
             self.num_heads,
             self.key_dim or size // self.num_heads,
@@ -169,6 +178,7 @@ class TransformerBlock(keras.layers.Layer):
             normalizer=self._normalizer(),
             use_bias=self.use_bias,
             sliding_window=sliding_window,
+            rotary=rotary,
             qk_norm=self.qk_norm,
             dtype=self.dtype_policy,
             name=name,
@@ -214,13 +224,14 @@ class TransformerBlock(keras.layers.Layer):
         context_mask: Any = None,
         attention_mask: Any = None,
         training: bool | None = None,
+        cache: Any = None,
+        cache_index: Any = 0,
     ) -> Any:
         mask = inputs_mask if mask is None else mask
-        x = self._residual(
-            inputs,
-            self.attention_norm,
-            self.attention_dropout,
-            lambda x: self.attention(
+        caches = []
+
+        def attend(x: Any) -> Any:
+            result = self.attention(
                 x,
                 x,
                 query_mask=mask,
@@ -228,9 +239,14 @@ class TransformerBlock(keras.layers.Layer):
                 attention_mask=attention_mask,
                 use_causal_mask=self.causal,
                 training=training,
-            ),
-            training,
-        )
+                **({} if cache is None else {"cache": cache, "cache_index": cache_index}),
+            )
+            if cache is None:
+                return result
+            caches.append(result[1])
+            return result[0]
+
+        x = self._residual(inputs, self.attention_norm, self.attention_dropout, attend, training)
         if self.cross_attention:
             x = self._residual(
                 x,
@@ -241,9 +257,14 @@ class TransformerBlock(keras.layers.Layer):
                 ),
                 training,
             )
-        return self._residual(
+        x = self._residual(
             x, self.feed_forward_norm, self.feed_forward_dropout, self.feed_forward, training
         )
+        return (x, *caches) if caches else x
+
+    def make_cache(self, batch_size: int, length: int) -> Any:
+        """An empty `Cache` for `length` positions; the block must be built."""
+        return self.attention.make_cache(batch_size, length)
 
     def _residual(self, x: Any, norm: Any, dropout: Any, part: Any, training: Any) -> Any:
         if self.norm_position == "pre":
@@ -262,6 +283,7 @@ class TransformerBlock(keras.layers.Layer):
             "causal": self.causal,
             "cross_attention": self.cross_attention,
             "sliding_window": self.sliding_window,
+            "rotary": self._rotary() and serialize_options(self._rotary()),
             "qk_norm": self.qk_norm,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,

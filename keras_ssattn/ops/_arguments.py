@@ -1,5 +1,6 @@
 """Checks and conversions that every function of `keras_ssattn.ops` shares."""
 
+import math
 import numbers
 from typing import Any
 
@@ -19,6 +20,18 @@ def dtype_of(x: Any) -> str:
 def widen(x: Any) -> Any:
     """Casts to float32, the precision of all arithmetic here; float64 stays."""
     return x if dtype_of(x) == "float64" else ops.cast(x, "float32")
+
+
+def check_count(n: Any) -> Any:
+    """Returns a number of keys, 1 or more, as it is, anything else as a tensor, or raises."""
+    if isinstance(n, numbers.Real):
+        if isinstance(n, bool) or not float(n) >= 1 or math.isinf(n):
+            raise ValueError(f"`n` must be a number of keys, 1 or more. Received: n={n!r}")
+        return n
+    n = to_tensor(n)
+    if dtype_of(n) == "bool":
+        raise TypeError("`n` must be a number of keys, not a mask. Received: n with dtype bool")
+    return n
 
 
 def check_floating(name: str, x: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_floating, dtype_of, to_tensor, widen
+from keras_ssattn.ops._arguments import check_count, check_floating, to_tensor, widen
 
 
 def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
@@ -38,15 +38,8 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     """
     s = _parameter("s", s)
     b = _parameter("b", b)
-    if isinstance(n, numbers.Real):
-        if isinstance(n, bool) or not float(n) >= 1 or math.isinf(n):
-            raise ValueError(f"`n` must be a number of keys, 1 or more. Received: n={n!r}")
-        log_n = math.log(n)
-    else:
-        n = to_tensor(n)
-        if dtype_of(n) == "bool":
-            raise TypeError("`n` must be a number of keys, not a mask. Received: n with dtype bool")
-        log_n = ops.log(ops.maximum(widen(n), 1.0))
+    n = check_count(n)
+    log_n = math.log(n) if isinstance(n, numbers.Real) else ops.log(ops.maximum(widen(n), 1.0))
     if all(isinstance(x, float) for x in (s, log_n, b)):
         return s * log_n + b
     return ops.add(ops.multiply(s, log_n), b)

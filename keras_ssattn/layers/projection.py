@@ -1,0 +1,44 @@
+"""The projections of an attention layer."""
+
+from typing import Any
+
+import keras
+
+from keras_ssattn.layers._config import check_positive
+
+
+def projection(attention: Any, name: str, equation: str, output_shape: tuple) -> Any:
+    """An `EinsumDense` with the initializers, regularizers and constraints of an attention layer.
+
+    Quantization and LoRA are at home in `EinsumDense`, and go on working.
+    """
+
+    def fresh(initializer: Any) -> Any:  # one instance gives every kernel the same values
+        return type(initializer).from_config(initializer.get_config())
+
+    layer = keras.layers.EinsumDense(
+        equation,
+        output_shape=(None, *output_shape),
+        bias_axes=equation.split("->")[1][2:] if attention.use_bias else None,
+        kernel_initializer=fresh(attention.kernel_initializer),
+        bias_initializer=fresh(attention.bias_initializer),
+        kernel_regularizer=attention.kernel_regularizer,
+        bias_regularizer=attention.bias_regularizer,
+        kernel_constraint=attention.kernel_constraint,
+        bias_constraint=attention.bias_constraint,
+        dtype=attention.dtype_policy,
+        name=name,
+    )
+    layer.supports_masking = True
+    return layer
+
+
+def check_output_shape(value: Any) -> tuple[int, ...] | None:
+    """Returns `output_shape` as a tuple of 1 to 4 sizes, or raises."""
+    if value is None:
+        return None
+    shape = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    shape = tuple(check_positive("output_shape", size) for size in shape)
+    if not 1 <= len(shape) <= 4:
+        raise ValueError(f"`output_shape` must have 1 to 4 sizes. Received: output_shape={value}")
+    return shape

@@ -1,0 +1,122 @@
+"""A length scale that each query adjusts for itself."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.layers._config import check_positive
+from keras_ssattn.layers.length_scale import LengthScale
+from keras_ssattn.ops import log_length_scale
+from keras_ssattn.ops._arguments import widen
+
+NO_QUERY = (
+    "the length scale `QueryAwareScale` needs the query, which a normalizer by itself has not. "
+    "Use it in an attention layer. Received: query=None"
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class QueryAwareScale(LengthScale):
+    r"""TabICLv2's length scale, :math:`\mathrm{MLP}(\log n)\,(1 + \tanh \mathrm{MLP}(q))`.
+
+    The factor differs from feature to feature, and multiplies the query. Both networks have one
+    hidden layer with GELU; the first ends in values for every head and feature, the second is
+    the same for all heads. The second's last layer starts at zero, so that the scale starts as a
+    function of n alone; the first's starts at zero with biases of one, so that this function is
+    1 and training starts at ordinary softmax.
+
+    Give it to the normalizer of an attention layer: `MultiHeadAttention(8, 64,
+    normalizer=Softmax(length_scale=QueryAwareScale()))`. A normalizer by itself has no query.
+
+    Args:
+        hidden_size: size of the hidden layers. Defaults to 64.
+        num_heads: H for one function of n per head; `None` for one in all. Attention layers set
+            it themselves.
+        **kwargs: of `keras.layers.Layer`.
+
+    Call arguments:
+        n: int32 tensor, the number of keys that each query sees, broadcastable to `[B, H, T]`.
+        query: floating-point `[B, T, H, D]`.
+
+    Returns:
+        A float32 (float64 for float64 queries) tensor `[B, T, H, D]`.
+
+    Raises:
+        ValueError: for a `hidden_size` that is not a positive integer, or a query that is
+            missing or of another shape.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers import QueryAwareScale
+    >>> query = np.random.normal(size=(2, 3, 4, 16)).astype("float32")
+    >>> QueryAwareScale(num_heads=4)(np.array([1, 2, 3]), query).shape
+    (2, 3, 4, 16)
+
+    Reference: Qu et al., "TabICLv2", arXiv 2602.11139.
+    """
+
+    uses_count = True
+    uses_query = True
+
+    def __init__(self, hidden_size: int = 64, num_heads: int | None = None, **kwargs: Any) -> None:
+        hidden_size = check_positive("hidden_size", hidden_size)
+        super().__init__(num_heads=num_heads, **kwargs)
+        self.hidden_size = hidden_size
+
+    def build(self, n_shape: Any, query_shape: Any = None) -> None:
+        size = self.query_size
+        if query_shape is not None:
+            if len(query_shape) != 4 or self.num_heads not in (None, query_shape[2]):
+                raise ValueError(
+                    "`query` must have shape [B, T, H, D]. Received: "
+                    f"num_heads={self.num_heads}, query with shape {tuple(query_shape)}"
+                )
+            size = query_shape[3]
+        if size is None:
+            raise ValueError(NO_QUERY)
+        hidden, heads = self.hidden_size, self.num_heads or 1
+        # [1, hidden] and [H|1, hidden, D], with biases; then those of the gate.
+        self.count_kernel = self._add_parameter("count_kernel", (1, hidden))
+        self.count_bias = self._add_parameter("count_bias", (hidden,), "zeros")
+        self.factor_kernel = self._add_parameter("factor_kernel", (heads, hidden, size), "zeros")
+        self.factor_bias = self._add_parameter("factor_bias", (heads, 1, size), "ones")
+        self.query_kernel = self._add_parameter("query_kernel", (size, hidden))
+        self.query_bias = self._add_parameter("query_bias", (hidden,), "zeros")
+        self.gate_kernel = self._add_parameter("gate_kernel", (hidden, size), "zeros")
+        self.gate_bias = self._add_parameter("gate_bias", (size,), "zeros")
+
+    def _add_parameter(self, name: str, shape: tuple, initializer: str = "glorot_uniform") -> Any:
+        return self.add_weight(name=name, shape=shape, initializer=initializer, autocast=False)
+
+    def call(self, n: Any, query: Any = None) -> Any:
+        if query is None:
+            raise ValueError(NO_QUERY)
+        log_n = log_length_scale(n)
+        while len(log_n.shape) < 3:
+            log_n = ops.expand_dims(log_n, 0)
+        hidden = _layer(ops.expand_dims(log_n, -1), self.count_kernel, self.count_bias)
+        factor = _layer(_gelu(hidden), self.factor_kernel, self.factor_bias)  # [B|1, H|1, T|1, D]
+        hidden = _layer(widen(query), self.query_kernel, self.query_bias)
+        gate = ops.tanh(_layer(_gelu(hidden), self.gate_kernel, self.gate_bias))  # [B, T, H, D]
+        return ops.transpose(factor, (0, 2, 1, 3)) * (1.0 + gate)
+
+    def compute_output_shape(self, n_shape: Any, query_shape: Any = None) -> tuple:
+        return tuple(query_shape)
+
+    def compute_output_spec(self, n: Any, query: Any = None) -> Any:
+        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        return keras.KerasTensor(self.compute_output_shape(n.shape, query.shape), dtype=dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "hidden_size": self.hidden_size}
+
+
+def _gelu(x: Any) -> Any:
+    return ops.gelu(x, approximate=False)
+
+
+def _layer(x: Any, kernel: Any, bias: Any) -> Any:
+    kernel, bias = (widen(ops.convert_to_tensor(w)) for w in (kernel, bias))
+    return ops.matmul(x, kernel) + bias

@@ -1,0 +1,259 @@
+"""Rotary position embedding, with the scalings that stretch it to longer contexts."""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_ssattn.ops._arguments import check_floating, check_rank, dtype_of, to_tensor, widen
+
+# Keys that each type of scaling needs, and those it may have.
+SCALINGS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, set()),
+    "yarn": ({"factor", "original_length"}, {"beta_fast", "beta_slow", "attention_factor"}),
+}
+
+
+def rotary_frequencies(
+    size: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None
+) -> np.ndarray:
+    r"""Radians per position by which each pair of features turns.
+
+    Pair i turns by :math:`\theta^{-2i/size}`. The scalings slow the pairs down:
+
+    - `{"type": "linear", "factor": f}` divides every frequency by f, as if positions were.
+    - `{"type": "yarn", "factor": f, "original_length": L}` divides by f the pairs that turn less
+      than `beta_slow` (1) times within L positions, leaves those that turn more than `beta_fast`
+      (32) times, and between them goes from one to the other linearly in i, the two ends rounded
+      outwards to whole pairs, as in the code of YaRN's authors and the models that use it (in
+      their paper it is linear in the number of turns).
+
+    Args:
+        size: number of features that are rotated, even.
+        theta: the base, a number above 1.
+        scaling: `None` or one of the above. YaRN's `beta_fast`, `beta_slow` and
+            `attention_factor` (see `rotary_attention_factor`) are optional.
+
+    Returns:
+        A NumPy array `[size / 2]`. It is float64: at position 131071 a frequency rounded to
+        float32 would be 0.004 radians off.
+
+    Raises:
+        ValueError: for a size that is not even and positive, a theta that is not a finite number
+            above 1, or a scaling of unknown type, keys or values.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> ops.rotary_frequencies(4).tolist()
+    [1.0, 0.01]
+    >>> ops.rotary_frequencies(4, scaling={"type": "linear", "factor": 4}).tolist()
+    [0.25, 0.0025]
+
+    References: arXiv 2104.09864 (rotary embedding), arXiv 2306.15595 (linear scaling), arXiv
+    2309.00071 (YaRN).
+    """
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 2 or size % 2:
+        raise ValueError(f"`size` must be an even positive integer. Received: size={size!r}")
+    theta = check_theta(theta)
+    scaling = check_scaling(scaling)
+    pairs = np.arange(size // 2)
+    frequencies = theta ** (-2.0 * pairs / size)
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["type"] == "linear":
+        return slow
+
+    def pair_that_turns(times: float) -> float:
+        return (
+            size
+            * math.log(scaling["original_length"] / (2 * math.pi * times))
+            / (2 * math.log(theta))
+        )
+
+    first = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
+    last = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), size - 1)
+    share = np.clip((pairs - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return share * slow + (1 - share) * frequencies
+
+
+def rotary_attention_factor(scaling: dict[str, Any] | None) -> float:
+    """What a scaling multiplies cos and sin by, and so the logits by the square of.
+
+    Args:
+        scaling: as in `rotary_frequencies`.
+
+    Returns:
+        For YaRN its `"attention_factor"`, by default `0.1 ln(factor) + 1`; else 1.
+
+    Raises:
+        ValueError: for an invalid scaling.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> yarn = {"type": "yarn", "factor": 16, "original_length": 4096}
+    >>> round(ops.rotary_attention_factor(yarn), 4)
+    1.2773
+
+    Reference: arXiv 2309.00071.
+    """
+    scaling = check_scaling(scaling)
+    if scaling is None or scaling["type"] != "yarn":
+        return 1.0
+    return float(scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0))
+
+
+def rotary_embedding(
+    x: Any, positions: Any, frequencies: Any, attention_factor: float = 1.0
+) -> Any:
+    """Turns pairs of features by an angle proportional to the position.
+
+    The dot product of a query and a key, both turned, depends on their positions by the
+    difference only. Of R rotated features the pairs are i and i + R/2 (half-split, "NeoX"). The
+    angles are true to 1e-6 radians up to position 16 million, though computed in float32
+    (float64 for float64 inputs).
+
+    Args:
+        x: floating-point `[B, T, H, D]`.
+        positions: integer tensor `[T]` or `[B, T]`; or an integer, the position of the first
+            step, the others following.
+        frequencies: radians per position, R/2 numbers, such as `rotary_frequencies(R)`. Where
+            R < D, the first R features are rotated and the others left as they are.
+        attention_factor: multiplies the rotated features.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: if `x` is not floating-point or `positions` are not integers.
+        ValueError: for shapes that do not fit, or an `attention_factor` that is not a positive
+            number.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> x = keras.random.normal((2, 7, 4, 16))
+    >>> ops.rotary_embedding(x, 0, ops.rotary_frequencies(16)).shape
+    (2, 7, 4, 16)
+
+    Reference: Su et al., arXiv 2104.09864.
+    """
+    x = to_tensor(x)
+    dtype = check_floating("x", x)
+    check_rank("x", x, 4)
+    frequencies = np.asarray(frequencies, "float64")
+    half = frequencies.size
+    if frequencies.ndim != 1 or not 0 < 2 * half <= x.shape[-1]:
+        raise ValueError(
+            "`frequencies` must have shape [R/2] with 0 < R <= D, the last dimension of `x`. "
+            f"Received: frequencies with shape {frequencies.shape}, x with shape {tuple(x.shape)}"
+        )
+    attention_factor = _check_at_least("attention_factor", attention_factor)
+    wide = widen(x)
+    angles = _angles(_check_positions(positions, x), frequencies, dtype_of(wide))
+    angles = ops.expand_dims(angles, -2)  # [B|1, T, 1, R/2]
+    cos, sin = ops.cos(angles) * attention_factor, ops.sin(angles) * attention_factor
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated = ops.cast(rotated, dtype)
+    if 2 * half == x.shape[-1]:
+        return rotated
+    return ops.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+
+
+def _angles(positions: Any, frequencies: np.ndarray, dtype: str) -> Any:
+    """Positions times frequencies, less whole turns: `[..., T]` and `[R/2]` to `[..., T, R/2]`."""
+    # The float32 product is 0.01 radians off at position 131071. So count turns, not radians, and
+    # split the position into 4096 high + low. How far a step of either goes, modulo 1, is known
+    # in float64; its leading 12 bits times high or low are exact in float32 and lose their whole
+    # turns without error; the rest of it gives a product of less than half a turn.
+    positions = ops.expand_dims(positions, -1)
+    high = ops.floor_divide(positions, 4096)
+    turns: Any = 0.0
+    for count, steps in ((high, 4096), (positions - 4096 * high, 1)):
+        count = ops.cast(count, dtype)
+        rate = frequencies * (steps / (2 * math.pi))
+        rate -= np.round(rate)
+        leading = np.round(rate * 4096) / 4096
+        product = count * ops.convert_to_tensor(leading, dtype)
+        rest = count * ops.convert_to_tensor(rate - leading, dtype)
+        turns = turns + (product - ops.round(product)) + rest
+    return turns * (2 * math.pi)
+
+
+def _check_positions(positions: Any, x: Any) -> Any:
+    """Positions as int32 `[1, T]` or `[B, T]`, or raises if they do not fit `x`."""
+    positions = to_tensor(positions)
+    if "int" not in dtype_of(positions):
+        raise TypeError(
+            f"`positions` must be integers. Received: positions with dtype {dtype_of(positions)}"
+        )
+    check_rank("positions", positions, (0, 1, 2))
+    positions = ops.cast(positions, "int32")
+    if len(positions.shape) == 0:
+        positions = positions + ops.arange(ops.shape(x)[1], dtype="int32")
+    if len(positions.shape) == 1:
+        positions = ops.expand_dims(positions, 0)
+    (rows, length), (batch, time) = positions.shape, x.shape[:2]
+    if (rows not in (1, None, batch) and batch is not None) or (
+        None not in (length, time) and length != time
+    ):
+        raise ValueError(
+            "`positions` must have shape [T] or [B, T]. Received: positions with shape "
+            f"{tuple(positions.shape)}, x with shape {tuple(x.shape)}"
+        )
+    return positions
+
+
+def check_theta(theta: Any) -> float:
+    """Returns `theta`, a finite number above 1, as a float, or raises."""
+    if (
+        isinstance(theta, bool)
+        or not isinstance(theta, numbers.Real)
+        or not math.isfinite(theta)
+        or theta <= 1
+    ):
+        raise ValueError(f"`theta` must be a finite number above 1. Received: theta={theta!r}")
+    return float(theta)
+
+
+def check_scaling(scaling: Any) -> dict[str, Any] | None:
+    """Returns a copy of `scaling`, a valid one or `None`, or raises."""
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict) or scaling.get("type") not in SCALINGS:
+        raise ValueError(
+            f'`scaling` must be None or a dict whose "type" is one of {tuple(SCALINGS)}. '
+            f"Received: scaling={scaling!r}"
+        )
+    needed, optional = SCALINGS[scaling["type"]]
+    names = set(scaling) - {"type"}
+    if not needed <= names <= needed | optional:
+        raise ValueError(
+            f"`scaling` of type {scaling['type']!r} must have the keys {sorted(needed)}"
+            f"{f' and may have {sorted(optional)}' if optional else ''}. Received: "
+            f"scaling={scaling!r}"
+        )
+    for name in names:
+        least = 1.0 if name in ("factor", "original_length") else 0.0
+        _check_at_least(f"scaling[{name!r}]", scaling[name], least)
+    return dict(scaling)
+
+
+def _check_at_least(name: str, value: Any, least: float = 0.0) -> float:
+    """Returns a finite number above 0, and not below `least`, as a float, or raises."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not math.isfinite(value)
+        or value <= 0
+        or value < least
+    ):
+        expected = f"a number of {least:g} or more" if least else "a positive number"
+        raise ValueError(f"`{name}` must be {expected}. Received: {value!r}")
+    return float(value)
