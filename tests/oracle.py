@@ -53,7 +53,7 @@ def normalize(name, logits, mask=None, **options):
 
 def visible(
     query_length, key_length, batch=1, heads=1, mask=None, key_mask=None, causal=False,
-    window=None, query_offset=0,
+    window=None, query_offset=0, segment_ids=None,
 ):  # fmt: skip
     """Which keys each query sees, `[B, H, T, S]`, one pair at a time."""
     out = np.ones((batch, heads, query_length, key_length), bool)
@@ -67,6 +67,8 @@ def visible(
         if window is not None and abs(position - j) >= window:
             out[b, h, i, j] = False
         if key_mask is not None and not key_mask[b][j]:
+            out[b, h, i, j] = False
+        if segment_ids is not None and segment_ids[0][b][i] != segment_ids[1][b][j]:
             out[b, h, i, j] = False
     return out
 

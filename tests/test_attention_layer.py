@@ -425,3 +425,13 @@ def test_a_length_scale_of_the_user_needs_no_registration_to_be_used(cls, data):
 def test_sizes_may_be_numpy_integers():
     config = MultiHeadAttention(np.int64(2), np.int32(4), sliding_window=np.int64(3)).get_config()
     assert all(type(config[name]) is int for name in ("num_heads", "key_dim", "sliding_window"))
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_packed_segments_do_not_see_each_other(normalizer, rng):
+    x = rng.normal(size=(1, 9, 8)).astype("float32")
+    layer = MultiHeadAttention(2, 4, normalizer=normalizer)
+    ids = np.array([[1, 1, 1, 1, 2, 2, 7, 7, 7]])
+    packed = to_numpy(layer(x, x, use_causal_mask=True, segment_ids=ids))
+    parts = [to_numpy(layer(p, p, use_causal_mask=True)) for p in np.split(x, [4, 6], axis=1)]
+    np.testing.assert_allclose(packed, np.concatenate(parts, 1), rtol=1e-5, atol=1e-6)

@@ -74,10 +74,11 @@ def test_band_visits_what_is_seen_and_masks_what_is_cut(key_length, offset, caus
     causal=st.booleans(),
     window=st.none() | st.integers(1, 45),
     offset=st.sampled_from([0, 7, (0, 9)]),
+    segments=st.none() | hnp.arrays("int32", (2, 41), elements=st.integers(0, 2)),
     seed=st.integers(0, 99),
 )
 def test_equals_the_oracle_and_the_dense_gradients(
-    normalizer, lengths, heads, key_mask, mask, causal, window, offset, seed
+    normalizer, lengths, heads, key_mask, mask, causal, window, offset, segments, seed
 ):
     length, key_length = lengths
     rng = np.random.default_rng(seed)
@@ -88,11 +89,15 @@ def test_equals_the_oracle_and_the_dense_gradients(
         case["key_mask"] = key_mask[:, :key_length]
     if mask is not None:
         case["mask"] = (rng.random(mask) < 0.6)[..., :length, :key_length]
+    if segments is not None:
+        case["segment_ids"] = (segments[:, :length], np.sort(segments)[:, :key_length])
     run = functools.partial(ops.attention, normalizer=normalizer, **case)
     expected = oracle.attention(*arrays, normalizer, **case)
     tiles = compiled(functools.partial(run, implementation="tiled"), fixed=True)
     actual = to_numpy(tiles(*arrays))
-    assert relative_error(actual, expected) < 2e-6
+    # The weight of a lone small logit x is x / (epsilon + x), as inexact as x itself.
+    tolerance = 5e-5 if normalizer == "rectified_softpick" else 2e-6
+    assert relative_error(actual, expected) < tolerance
     np.testing.assert_array_equal(actual, to_numpy(tiles(*arrays)))
     cotangent = rng.normal(size=expected.shape).astype("float32")
     dense = functools.partial(run, implementation="dense")

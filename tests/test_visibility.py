@@ -35,6 +35,19 @@ CASES = {
     },
     "mask [T, S]": {"mask": np.arange(35).reshape(5, 7) % 3 == 0},
     "mask [B, H, T, S]": {"mask": np.arange(210).reshape(2, 3, 5, 7) % 4 == 0, "causal": True},
+    "segments": {
+        "segment_ids": (
+            np.array([[0, 0, 1, 1, 2], [5, 5, 5, 9, 9]]),
+            np.array([[0, 1, 1, 2, 0, 0, 3], [9, 9, 5, 5, 5, 9, 1]]),
+        ),
+        "causal": True,
+        "window": 4,
+        "key_mask": np.arange(7) != np.array([[2], [1]]),
+    },
+    "segments and mask": {
+        "segment_ids": (np.zeros((2, 5), int), np.arange(14).reshape(2, 7) % 2),
+        "mask": np.arange(35).reshape(5, 7) % 3 == 0,
+    },
     "mask [1, 1, T, 1]": {"mask": (np.arange(5) % 2 == 0).reshape(1, 1, 5, 1), "window": 2},
 }
 
@@ -60,14 +73,26 @@ def test_nothing_hidden_is_none():
     causal=st.booleans(),
     window=st.none() | st.integers(1, 8),
     offset=st.sampled_from([0, 1, 3]) | hnp.arrays("int32", (2,), elements=st.integers(0, 9)),
+    segments=st.none() | hnp.arrays("int64", (2, 7), elements=st.integers(0, 2)),
 )
-def test_key_count_is_the_number_of_visible_keys(lengths, key_mask, causal, window, offset):
+def test_key_count_is_the_number_of_visible_keys(
+    lengths, key_mask, causal, window, offset, segments
+):
     case = {"causal": causal, "window": window, "query_offset": offset}
     if key_mask is not None:
         case["key_mask"] = key_mask[:, : lengths[1]]
+    if segments is not None:
+        case["segment_ids"] = (segments[:, : lengths[0]], segments[:, : lengths[1]])
     expected = oracle.visible(*lengths, batch=2, **case).sum(-1)
     actual = to_numpy(ops.key_count(*lengths, **case))
     np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
+
+
+def test_segments_of_more_rows_than_are_counted_at_a_time():
+    ids = np.sort(np.arange(300).reshape(2, 150) * 7 % 5)
+    n = to_numpy(ops.key_count(150, 150, causal=True, segment_ids=ids))
+    expected = oracle.visible(150, 150, 2, causal=True, segment_ids=(ids, ids)).sum(-1)
+    np.testing.assert_array_equal(n, expected)
 
 
 ERRORS = [
@@ -82,6 +107,9 @@ ERRORS = [
     ({"mask": [[[True]]]}, ValueError, r"`mask` must have rank 2 or 4.*\(1, 1, 1\)"),
     ({"mask": [[True] * 5] * 7}, ValueError, r"`mask` must be broadcastable to \[T, S\], \(5, 7\)"),
     ({"key_mask": [[True] * 5]}, ValueError, r"`key_mask` must have shape.*S = 7.*\(1, 5\)"),
+    ({"segment_ids": [[0] * 5]}, ValueError, r"`segment_ids` must have shape.*\(1, 5\)"),
+    ({"segment_ids": ([[0] * 5], [0] * 7)}, ValueError, r"`segment_ids` must.*\(7,\)"),
+    ({"segment_ids": ([[0.0] * 5], [[0] * 7])}, TypeError, "`segment_ids` must be integers"),
     ({"mask": [[-1e9]]}, TypeError, "`mask` must be a boolean mask.*float32"),
 ]
 

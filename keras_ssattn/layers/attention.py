@@ -74,6 +74,7 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores: whether to return the weights as well.
         training: whether dropout applies.
         use_causal_mask: whether a query sees no later position.
+        segment_ids: integers `[B, T]` of sequences packed into one, which do not see each other.
         cache: a `Cache` of earlier positions, from `make_cache`. The keys and values of these T
             are written to it from `cache_index` on, with their mask, and the queries see all
             that it holds up to their own positions; `use_causal_mask=True` is required.
@@ -213,11 +214,14 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        segment_ids: Any = None,
         cache: Any = None,
         cache_index: Any = 0,
     ) -> Any:
         if cache is not None and not use_causal_mask:
             raise ValueError("`cache` goes with `use_causal_mask=True`. Received: False")
+        if cache is not None and segment_ids is not None:
+            raise ValueError("`cache` does not go with `segment_ids`. Received: both")
         sizes = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
         query_mask = padding_mask("query_mask", query_mask, sizes[::2], "[B, T]")
         visibility = {
@@ -226,6 +230,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "causal": use_causal_mask,
             "window": self.sliding_window,
             "query_offset": cache_index,
+            "segment_ids": segment_ids,
         }
         key = self.key_dense(value if key is None else key)  # [B, S, K, D]
         query, value = self.query_dense(query), self.value_dense(value)

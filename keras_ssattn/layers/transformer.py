@@ -59,6 +59,7 @@ class TransformerBlock(keras.layers.Layer):
         context_mask: boolean `[B, S]`. Defaults to the mask attached to `context`.
         attention_mask: of self-attention, as in `MultiHeadAttention`.
         training: whether dropout applies.
+        segment_ids: of self-attention, as in `MultiHeadAttention`.
         cache: of self-attention, from `make_cache`, in a causal block; see `MultiHeadAttention`.
         cache_index: position of the first step, as in `MultiHeadAttention`.
 
@@ -224,6 +225,7 @@ class TransformerBlock(keras.layers.Layer):
         context_mask: Any = None,
         attention_mask: Any = None,
         training: bool | None = None,
+        segment_ids: Any = None,
         cache: Any = None,
         cache_index: Any = 0,
     ) -> Any:
@@ -239,6 +241,7 @@ class TransformerBlock(keras.layers.Layer):
                 attention_mask=attention_mask,
                 use_causal_mask=self.causal,
                 training=training,
+                segment_ids=segment_ids,
                 **({} if cache is None else {"cache": cache, "cache_index": cache_index}),
             )
             if cache is None:

@@ -19,7 +19,7 @@ from keras_ssattn.ops._arguments import (
     widen,
 )
 from keras_ssattn.ops.length_scale import log_length_scale
-from keras_ssattn.ops.visibility import key_count
+from keras_ssattn.ops.visibility import check_segments, key_count
 
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 COMPUTE = {"dense": dense.attention, "tiled": tiled.attention, "fused": fused.attention}
@@ -40,6 +40,7 @@ def attention(
     window: int | None = None,
     query_offset: Any = 0,
     *,
+    segment_ids: Any = None,
     length_scale: Any = None,
     epsilon: float = 1e-6,
     implementation: str = "auto",
@@ -62,6 +63,8 @@ def attention(
         causal: whether a query sees no later position.
         window: a query sees keys less than `window` positions away. `None` for all.
         query_offset: position of the first query, an integer or an integer tensor `[B]`.
+        segment_ids: integers `[B, T]`, where T = S, of sequences packed into one, which do not
+            see each other; or a pair of those of the queries, `[B, T]`, and the keys, `[B, S]`.
         length_scale: the factor a, a number or a tensor broadcastable to `[B, H, T]`, such as
             `log_length_scale(key_count(...), s)`. Defaults to 1.
         epsilon: of `rectified_softpick`; the others do not use it.
@@ -94,7 +97,7 @@ def attention(
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
     query, key, value = _check_tensors(query, key, value)
-    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
+    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset, segment_ids)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     if implementation not in ("auto", *COMPUTE):
         raise ValueError(
@@ -137,6 +140,7 @@ def attention_weights(
     window: int | None = None,
     query_offset: Any = 0,
     *,
+    segment_ids: Any = None,
     length_scale: Any = None,
     epsilon: float = 1e-6,
 ) -> Any:
@@ -153,13 +157,20 @@ def attention_weights(
     (2, 4, 7, 7)
     """
     query, key, _ = _check_tensors(query, key, key)
-    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset)
+    visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset, segment_ids)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     return dense.weights(query, key, kernel, factor, visibility, epsilon)
 
 
 def _visibility(
-    query: Any, key: Any, mask: Any, key_mask: Any, causal: bool, window: Any, query_offset: Any
+    query: Any,
+    key: Any,
+    mask: Any,
+    key_mask: Any,
+    causal: bool,
+    window: Any,
+    query_offset: Any,
+    segment_ids: Any,
 ) -> dict[str, Any]:
     """The arguments of `visible_keys`, checked against the tensors."""
     (batch, length, num_heads, _), key_length = query.shape, key.shape[1]
@@ -185,6 +196,7 @@ def _visibility(
         "causal": bool(causal),
         "window": window,
         "query_offset": query_offset,
+        "segment_ids": check_segments(segment_ids, length, key_length),
     }
 
 

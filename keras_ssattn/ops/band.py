@@ -18,7 +18,7 @@ class Band:
         causal, window, query_offset: as in `visible_keys`.
         mask: boolean `[B|1, K|1, G|1, n * query_size | 1, m * key_size | 1]`, or `None`.
         key_mask: a stack `[m, B, 1, 1, key_size]`, or `None`.
-        segments: stacks of the queries' segments `[n, B, 1, rows, 1]` and the keys'
+        query_segments, key_segments: the segments' ids, stacks `[n, B, 1, rows, 1]` and
             `[m, B, 1, 1, key_size]`, or `None`.
     """
 
@@ -34,12 +34,15 @@ class Band:
         query_offset: Any = 0,
         mask: Any = None,
         key_mask: Any = None,
-        segments: Any = None,
+        query_segments: Any = None,
+        key_segments: Any = None,
     ) -> None:
         self.query_size, self.key_size, self.key_count = query_size, key_size, key_count
         self.key_length, self.groups = key_length, groups
         self.causal, self.window = causal, window
-        self.mask, self.segments = mask, segments
+        self.mask, self.segments = mask, None
+        if query_segments is not None:
+            self.segments = unstack(query_segments), unstack(key_segments)
         self.key_mask = None if key_mask is None else unstack(key_mask)
         self.offset = query_offset
         self.first_offset = self.last_offset = query_offset

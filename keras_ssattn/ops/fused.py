@@ -20,10 +20,10 @@ def is_available(kernel: str, visibility: dict) -> bool:
 
 def needs_mask(visibility: dict) -> bool:
     """Whether more is hidden than what comes after the query's own position."""
+    masks = ("mask", "key_mask", "window", "segment_ids")
     offset = visibility["query_offset"]
-    return any(visibility[name] is not None for name in ("mask", "key_mask", "window")) or (
-        visibility["causal"] and not (isinstance(offset, int) and offset == 0)
-    )
+    shifted = not (isinstance(offset, int) and offset == 0)
+    return any(visibility[name] is not None for name in masks) or (visibility["causal"] and shifted)
 
 
 def attention(

@@ -39,7 +39,11 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     s = _parameter("s", s)
     b = _parameter("b", b)
     n = check_count(n)
-    log_n = math.log(n) if isinstance(n, numbers.Real) else ops.log(ops.maximum(widen(n), 1.0))
+    if isinstance(n, numbers.Real):
+        log_n = math.log(n)
+    else:
+        n = widen(n)
+        log_n = ops.log(ops.where(n > 1, n, ops.ones_like(n)))
     if all(isinstance(x, float) for x in (s, log_n, b)):
         return s * log_n + b
     return ops.add(ops.multiply(s, log_n), b)

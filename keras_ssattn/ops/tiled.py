@@ -56,7 +56,14 @@ def attention(
         "query_offset": ops.convert_to_tensor(visibility["query_offset"], "int32"),
         "mask": _mask_by_group(visibility["mask"], groups, query_size, key_size),
         "key_mask": None if key_mask is None else _split_vector(key_mask, key_size),
+        "query_segments": None,
+        "key_segments": None,
     }
+    if visibility["segment_ids"] is not None:
+        queries, keys = visibility["segment_ids"]
+        rows = ops.swapaxes(_split_vector(queries, query_size), -1, -2)
+        tensors["query_segments"] = ops.tile(rows, (1, 1, 1, groups, 1))
+        tensors["key_segments"] = _split_vector(keys, key_size)
     if isinstance(visibility["query_offset"], int):
         del tensors["query_offset"]
         make_band = functools.partial(make_band, query_offset=visibility["query_offset"])

@@ -4,7 +4,8 @@ Query i stands at position `i + query_offset`, key j at position j. Query i sees
 
 - `causal`, and j lies after i's position;
 - `window`, and j is `window` or more positions away from i's (on either side);
-- `key_mask[b, j]` is False (padding); or
+- `key_mask[b, j]` is False (padding);
+- the two lie in different segments, `segment_ids[b, i] != segment_ids[b, j]`; or
 - `mask[b, h, i, j]` is False (anything else).
 """
 
@@ -13,7 +14,10 @@ from typing import Any
 
 from keras import ops
 
+from keras_ssattn.ops import tiles
 from keras_ssattn.ops._arguments import check_broadcastable, check_mask, dtype_of, to_tensor
+
+ROWS = 64  # counted at a time where there are segments
 
 
 def visible_keys(
@@ -24,6 +28,7 @@ def visible_keys(
     causal: bool = False,
     window: int | None = None,
     query_offset: Any = 0,
+    segment_ids: Any = None,
 ) -> Any:
     """Which keys each query sees, as one boolean mask.
 
@@ -35,6 +40,8 @@ def visible_keys(
         causal: whether a query sees no later position.
         window: a query sees keys less than `window` positions away. `None` for all.
         query_offset: position of the first query, an integer or an integer tensor `[B]`.
+        segment_ids: integers `[B, T]`, where T = S, of sequences packed into one; or a pair of
+            those of the queries, `[B, T]`, and of the keys, `[B, S]`.
 
     Returns:
         A boolean tensor broadcastable to `[B, H, T, S]`, or `None` if every query sees
@@ -50,6 +57,7 @@ def visible_keys(
     >>> ops.visible_keys(2, 3, causal=True)  # [[[[True, False, False], [True, True, False]]]]
     """
     mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
+    segments = check_segments(segment_ids, query_length, key_length)
     parts = []
     if causal or window is not None:
         distance = ops.expand_dims(_positions(query_length, query_offset), -1)  # [B|1, T, 1]
@@ -61,6 +69,10 @@ def visible_keys(
             if not causal:
                 parts.append(distance > -window)
         parts = [ops.expand_dims(part, 1) for part in parts]  # [B|1, 1, T, S]
+    if segments is not None:
+        queries, keys = segments
+        same = ops.expand_dims(queries, 2) == ops.expand_dims(keys, 1)
+        parts.append(ops.expand_dims(same, 1))  # [B, 1, T, S]
     if key_mask is not None:
         parts.append(ops.expand_dims(key_mask, (1, 2)))  # [B, 1, 1, S]
     if mask is not None:
@@ -79,10 +91,12 @@ def key_count(
     causal: bool = False,
     window: int | None = None,
     query_offset: Any = 0,
+    segment_ids: Any = None,
 ) -> Any:
     """The number n of keys that each query sees.
 
-    Without `mask` it is found from the padding's running count, and no `T x S` mask is built.
+    Without `mask` it is found from the padding's running count, or with `segment_ids` from a few
+    rows at a time, and no `T x S` mask is built.
 
     Args:
         query_length: T, an integer (or a scalar integer tensor, where it is dynamic).
@@ -92,6 +106,8 @@ def key_count(
         causal: whether a query sees no later position.
         window: a query sees keys less than `window` positions away. `None` for all.
         query_offset: position of the first query, an integer or an integer tensor `[B]`.
+        segment_ids: integers `[B, T]`, where T = S, of sequences packed into one; or a pair of
+            those of the queries, `[B, T]`, and of the keys, `[B, S]`.
 
     Returns:
         An int32 tensor broadcastable to `[B, H, T]`.
@@ -109,9 +125,10 @@ def key_count(
     ... # [[[0, 1, 2, 3]]]
     """
     mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
+    segments = check_segments(segment_ids, query_length, key_length)
     if mask is not None:
         visible = visible_keys(
-            query_length, key_length, mask, key_mask, causal, window, query_offset
+            query_length, key_length, mask, key_mask, causal, window, query_offset, segments
         )
         # A size-1 last axis stands for S equal entries.
         visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
@@ -123,6 +140,8 @@ def key_count(
         end = ops.clip(position + (1 if causal else window), 0, key_length)
         if window is not None:
             first = ops.clip(position - window + 1, 0, end)
+    if segments is not None:
+        return _count_in_segments(segments, key_mask, first, end)
     if key_mask is None:
         if end is None:
             return ops.reshape(ops.cast(key_length, "int32"), (1, 1, 1))
@@ -132,6 +151,38 @@ def key_count(
         return ops.expand_dims(before[:, -1:], 1)  # [B, 1, 1]
     n = _count_before(before, end)
     return ops.expand_dims(n if first is None else n - _count_before(before, first), 1)
+
+
+def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> Any:
+    """Keys of each query's segment in the stretch [first, end), `[B, 1, T]`."""
+    queries, keys = segments
+    length = ops.shape(queries)[1]
+    keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
+    index = ops.arange(ops.shape(keys)[3], dtype="int32")
+    stacks = [_stack_rows(x) for x in (queries, first, end)]
+
+    def count(i: Any, counts: Any) -> Any:
+        ids, low, high = (None if x is None else x[i] for x in stacks)  # [B|1, 1, rows, 1]
+        seen = ids == keys
+        for part in (
+            None if low is None else index >= low,
+            None if high is None else index < high,
+            None if key_mask is None else ops.expand_dims(key_mask, (1, 2)),
+        ):
+            seen = seen if part is None else ops.logical_and(seen, part)
+        n = ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=True)
+        return tiles.write(counts, i, n)
+
+    ids = stacks[0]
+    counts = tiles.empty(ops.shape(ids)[0], ops.shape(ids)[1:], "int32")
+    counts = ops.fori_loop(0, ops.shape(ids)[0], count, counts)
+    counts = tiles.merge(tiles.stack(counts, counts), length)  # [B, T, 1, 1]
+    return ops.reshape(counts, (-1, 1, length))
+
+
+def _stack_rows(x: Any) -> Any:
+    """`[B|1, T]` as a stack of tiles `[n, B|1, 1, rows, 1]`; `None` as it is."""
+    return None if x is None else tiles.split(ops.expand_dims(x, (2, 3)), ROWS)
 
 
 def _count_before(running: Any, end: Any) -> Any:
@@ -146,6 +197,26 @@ def _positions(query_length: Any, query_offset: Any) -> Any:
     """Positions of the queries, int32 `[B|1, T]`."""
     offset = ops.cast(to_tensor(query_offset), "int32")
     return ops.reshape(offset, (-1, 1)) + ops.arange(query_length, dtype="int32")
+
+
+def check_segments(segment_ids: Any, query_length: Any, key_length: Any) -> Any:
+    """Returns the segments of queries and keys, int32 `[B, T]` and `[B, S]`, or raises."""
+    if segment_ids is None:
+        return None
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    pair = [to_tensor(x) for x in pair]
+    for x, length in zip(pair, (query_length, key_length), strict=len(pair) == 2):
+        known = None not in (x.shape[-1], length) and isinstance(length, int)
+        if len(x.shape) != 2 or (known and x.shape[1] != length):
+            raise ValueError(
+                f"`segment_ids` must have shape [B, T], with T = S = {length}, or be a pair of "
+                f"[B, T] and [B, S]. Received: shape {tuple(x.shape)}"
+            )
+        if "int" not in dtype_of(x):
+            raise TypeError(
+                f"`segment_ids` must be integers. Received: segment_ids with dtype {dtype_of(x)}"
+            )
+    return tuple(ops.cast(x, "int32") for x in pair)
 
 
 def _check(
