@@ -88,6 +88,17 @@ def test_import_time_reports_both_imports(tmp_path, backend):
     assert all(math.isfinite(x) and x > 0 for x in numbers_in(result))
 
 
+def test_attention_reports_time_and_memory_of_all(tmp_path, backend):
+    result, printed = run_small("attention.py", tmp_path / "result.json")
+    assert result["backend"] == backend
+    rows = result["rows"]
+    assert list(rows) == ["keras.ops.dot_product_attention", *NORMALIZERS[:1], *NORMALIZERS[2:]]
+    [reference, *others] = rows.values()
+    assert all(name in printed and row["seconds"] > 0 for name, row in rows.items())
+    for row in others:
+        assert row["seconds_ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_the_models_compared_have_equally_many_parameters(train_step, normalizer):
     s = SIZES["num_heads"] * SIZES["num_layers"] if normalizer == "ssmax" else 0
