@@ -35,8 +35,8 @@ def attention(
         # s log n times the query may pass the largest float16
         query, key, value = widen(query), widen(key), widen(value)
     num_heads, num_kv_heads = query.shape[2], key.shape[2]
-    if num_kv_heads == 1 < num_heads:  # more key heads are repeated inside
-        key, value = (ops.repeat(x, num_heads, axis=2) for x in (key, value))
+    if num_kv_heads < num_heads:  # one key head, or an old Keras, is not repeated inside
+        key, value = (ops.repeat(x, num_heads // num_kv_heads, axis=2) for x in (key, value))
     if isinstance(factor, (int, float)):
         scale = factor
     else:
