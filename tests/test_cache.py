@@ -149,6 +149,40 @@ def test_symbolic_shapes():
     assert [x.shape for x in new] == [x.shape for x in cache]
 
 
+def test_symbolic_block():
+    block = TransformerBlock(2, causal=True, rotary=RotaryEmbedding())
+    token = keras.Input((1, FEATURES))
+    cache = [keras.Input((SIZE, 2, 4)), keras.Input((SIZE, 2, 4)), keras.Input((SIZE,), dtype=bool)]
+    out, new = block(token, cache=cache)
+    assert out.shape == (None, 1, FEATURES)
+    assert len(new) == 3
+
+
+def test_attention_mask_is_over_the_cache(x):
+    layer = MultiHeadAttention(2, 4)
+    layer.build(x.shape, x.shape)
+    mask = np.arange(SIZE) != 3
+    _, scores, _ = layer(
+        x, x, use_causal_mask=True, cache=layer.make_cache(BATCH, SIZE),
+        attention_mask=np.broadcast_to(mask, (BATCH, LENGTH, SIZE)), return_attention_scores=True,
+    )  # fmt: skip
+    assert (to_numpy(scores)[..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("cls", [MultiHeadAttention, TransformerBlock])
+def test_rotary_layer_has_the_dtype_of_attention_and_quantizes(cls):
+    options = {"rotary": RotaryEmbedding(), "dtype": "mixed_bfloat16"}
+    layer = cls(2, 4, **options)
+    inputs = keras.Input((LENGTH, FEATURES))
+    model = keras.Model(
+        inputs, layer(inputs, inputs) if cls is MultiHeadAttention else layer(inputs)
+    )
+    attention = layer if cls is MultiHeadAttention else layer.attention
+    assert attention.rotary.compute_dtype == "bfloat16"
+    model.quantize("int8")
+    assert attention.query_dense.quantization_mode == "int8"
+
+
 def test_half_precision_cache(x):
     layer = MultiHeadAttention(2, 4, dtype="mixed_bfloat16")
     layer.build(x.shape, x.shape)
@@ -164,13 +198,19 @@ def test_errors(x):
     layer.build(x.shape, x.shape)
     with pytest.raises(ValueError, match="`cache` goes with `use_causal_mask=True`"):
         layer(x, x, cache=layer.make_cache(BATCH, SIZE))
-    with pytest.raises(ValueError, match="`key` must not be longer than the cache, 4"):
+    with pytest.raises(ValueError, match="`index` must leave room for 9 positions in a cache of 4"):
         layer(x, x, use_causal_mask=True, cache=layer.make_cache(BATCH, 4))
     with pytest.raises(ValueError, match="`key` must be broadcastable to the cache's shape"):
         layer(x, x, use_causal_mask=True, cache=ops.make_cache(BATCH, SIZE, 3, 4))
     cache = ops.make_cache(BATCH, SIZE, 2, 4)
     with pytest.raises(ValueError, match="`index` must have rank 0 or 1"):
         ops.update_cache(cache, np.zeros((2, 1), "int32"), cache.key, cache.value)
+    with pytest.raises(ValueError, match="`index` must leave room for 9.*index=4"):
+        layer(x, x, use_causal_mask=True, cache=layer.make_cache(BATCH, SIZE), cache_index=4)
+    with pytest.raises(TypeError, match="`index` must be an integer.*float32"):
+        ops.update_cache(cache, 1.5, cache.key, cache.value)
+    with pytest.raises(ValueError, match="`cache_index` goes with `cache`"):
+        layer(x, x, use_causal_mask=True, cache_index=5)
     with pytest.raises(ValueError, match="`rotary` must be a `RotaryEmbedding` layer.*'rope'"):
         MultiHeadAttention(2, 4, rotary="rope")
 

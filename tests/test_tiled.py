@@ -1,7 +1,6 @@
 """`ops.attention(implementation="tiled")`: every tile, length and way to run it."""
 
 import functools
-import sys
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -140,10 +139,10 @@ def compiled(function, fixed=False):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("implementation", ["tiled", "auto"])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_compiled_with_unknown_lengths(normalizer, implementation, rng, monkeypatch):
-    monkeypatch.setattr(sys.modules["keras_ssattn.ops.attention"], "DENSE_UP_TO", 500)
-    case = {"causal": True, "query_offset": 4}
+def test_compiled_with_unknown_lengths(normalizer, causal, implementation, rng):
+    case = {"causal": causal, "query_offset": 4}
     function = functools.partial(
         ops.attention, normalizer=normalizer, implementation=implementation, **case
     )
@@ -173,3 +172,19 @@ def test_auto_takes_tiles_where_there_are_many_weights(monkeypatch, rng):
         q = rng.normal(size=(1, length, 1, 2)).astype("float32")
         ops.attention(q, q, q, "softpick", causal=True)
     assert len(taken) == 1
+
+
+def test_float64_of_any_input(backend, rng):
+    if backend == "jax":
+        pytest.skip("JAX has float64 only where it is enabled")
+    q, k, v = inputs(rng)
+    exact = [keras.ops.convert_to_tensor(x, "float64") for x in (q, k, v)]
+    expected = oracle.attention(q, k, v, "ssmax", causal=True)
+    for mixed in ([exact[0], k, v], [q, exact[1], v], [q, k, exact[2]]):
+        actual = ops.attention(*mixed, "ssmax", causal=True, implementation="tiled")
+        assert relative_error(to_numpy(actual), expected) < 2e-6
+
+
+def test_symbolic(rng):
+    x = keras.Input((1024, 2, 4))
+    assert ops.attention(x, x, x, implementation="tiled").shape == (None, 1024, 2, 4)

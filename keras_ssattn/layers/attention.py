@@ -103,8 +103,7 @@ class MultiHeadAttention(keras.layers.Layer):
     >>> layer(x, x, use_causal_mask=True).shape
     (2, 10, 64)
 
-    References: arXiv 1706.03762 (attention), arXiv 2501.19399 (SSMax), arXiv 2504.20966
-    (rectified softpick), arXiv 2305.13245 (grouped queries).
+    References: arXiv 1706.03762, 2501.19399 (SSMax), 2504.20966 (softpick), 2305.13245 (groups).
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.use_bias = use_bias
         self._output_shape = check_output_shape(output_shape)
         self.sliding_window = sliding_window
-        self.rotary = get_rotary(rotary)
+        self.rotary = get_rotary(rotary, self.dtype_policy)
         self.qk_norm = qk_norm
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -189,6 +188,8 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         self.query_norm = self._head_norm("query_norm", self.num_heads)
         self.key_norm = self._head_norm("key_norm", self.num_kv_heads)
+        if self.rotary is not None:
+            self.rotary.build((None, None, self.num_heads, self.key_dim))
         freeze_sublayers(self)
 
     def _head_norm(self, name: str, num_heads: int) -> Any:
@@ -218,14 +219,15 @@ class MultiHeadAttention(keras.layers.Layer):
         cache: Any = None,
         cache_index: Any = 0,
     ) -> Any:
-        if cache is not None and not use_causal_mask:
-            raise ValueError("`cache` goes with `use_causal_mask=True`. Received: False")
-        if cache is not None and segment_ids is not None:
-            raise ValueError("`cache` does not go with `segment_ids`. Received: both")
+        if cache is not None and (not use_causal_mask or segment_ids is not None):
+            raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
+        if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
+            raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
         sizes = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
+        all_sizes = sizes if cache is None else (*sizes[:3], cache[0].shape[1])
         query_mask = padding_mask("query_mask", query_mask, sizes[::2], "[B, T]")
         visibility = {
-            "mask": attention_mask_by_head(attention_mask, sizes),
+            "mask": attention_mask_by_head(attention_mask, all_sizes),
             "key_mask": both_masks(value_mask, key_mask, sizes[::3]),
             "causal": use_causal_mask,
             "window": self.sliding_window,

@@ -143,7 +143,7 @@ def _positions(offset: Any, x: Any) -> Any:
     return ops.reshape(ops.cast(offset, "int32"), (-1, 1)) + steps
 
 
-def get_rotary(rotary: Any) -> RotaryEmbedding | None:
+def get_rotary(rotary: Any, dtype: Any = None) -> RotaryEmbedding | None:
     """An unshared copy of a `RotaryEmbedding`, given itself or its config; `None` for none."""
     if isinstance(rotary, dict):
         rotary = keras.saving.deserialize_keras_object(rotary)
@@ -154,4 +154,5 @@ def get_rotary(rotary: Any) -> RotaryEmbedding | None:
             "`rotary` must be a `RotaryEmbedding` layer, its config, or None. Received: "
             f"rotary={rotary!r}"
         )
-    return type(rotary).from_config({**rotary.get_config(), "name": "rotary"})
+    config = {**rotary.get_config(), "name": "rotary"}
+    return type(rotary).from_config(config if dtype is None else {**config, "dtype": dtype})

@@ -19,6 +19,7 @@ from keras_ssattn.layers._config import (
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
 from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.ops import Cache
 
 NORM_EPSILON = 1e-5  # Edifice's
 
@@ -276,6 +277,12 @@ class TransformerBlock(keras.layers.Layer):
 
     def compute_output_shape(self, inputs_shape: Any, context_shape: Any = None) -> Any:
         return inputs_shape
+
+    def compute_output_spec(self, inputs: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        output = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if cache is None:
+            return output
+        return output, Cache(*(keras.KerasTensor(x.shape, dtype=x.dtype) for x in cache))
 
     def get_config(self) -> dict[str, Any]:
         config = {

@@ -1,6 +1,5 @@
 """Attention with any normalizer, any visibility and any length scale."""
 
-import functools
 import math
 import numbers
 from typing import Any
@@ -75,8 +74,8 @@ def attention(
             softmax and ssmax on PyTorch, where that is a fused kernel; elsewhere, and with masks
             on Keras before 3.14, it raises. `"auto"` takes `"fused"` where it is available and
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
-            `T * S` passes 2^19 (724 x 724); else `"dense"`. A length known only when a TensorFlow
-            graph runs is compared then.
+            `T * S` passes 2^19 (724 x 724); else `"dense"`. `"auto"` takes
+            `"dense"` for a length known only when a TensorFlow graph runs.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -104,6 +103,8 @@ def attention(
             f"`implementation` must be one of {('auto', *COMPUTE)}. Received: "
             f"implementation={implementation!r}"
         )
+    if keras.utils.is_keras_tensor(query):
+        return dense.attention(query, key, value, kernel, factor, visibility, epsilon)
     if implementation == "fused" and not fused.is_available(kernel, visibility):
         raise ValueError(
             'implementation="fused" serves softmax and ssmax on the torch backend, with masks from '
@@ -113,20 +114,14 @@ def attention(
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
-    if keras.utils.is_keras_tensor(query):
-        return dense.attention(*arguments)
     size = ops.shape(query)[1] * ops.shape(key)[1]
     if fused.is_available(kernel, visibility) and (
         not fused.needs_mask(visibility) or size <= MASKED_UP_TO
     ):
         return fused.attention(*arguments)
-    if isinstance(size, int):
-        return (dense if size <= DENSE_UP_TO else tiled).attention(*arguments)
-    return ops.cond(  # a length that is known only when the graph runs
-        size <= DENSE_UP_TO,
-        functools.partial(dense.attention, *arguments),
-        functools.partial(tiled.attention, *arguments),
-    )
+    # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
+    is_long = isinstance(size, int) and size > DENSE_UP_TO
+    return (tiled if is_long else dense).attention(*arguments)
 
 
 def attention_weights(
@@ -182,6 +177,9 @@ def _visibility(
         check_broadcastable("mask", tuple(mask.shape), sizes, "[B, H, T, S]")
     if key_mask is not None:
         check_broadcastable("key_mask", tuple(key_mask.shape), (batch, key_length), "[B, S]")
+    segments = check_segments(segment_ids, length, key_length)
+    for x in segments or ():
+        check_broadcastable("segment_ids", tuple(x.shape[:1]), (batch,), "[B]")
     if hasattr(query_offset, "shape"):
         check_broadcastable("query_offset", tuple(query_offset.shape), (batch,), "[B]")
     if None in (ops.shape(query)[1], ops.shape(key)[1]) and (causal or window is not None):
@@ -196,7 +194,7 @@ def _visibility(
         "causal": bool(causal),
         "window": window,
         "query_offset": query_offset,
-        "segment_ids": check_segments(segment_ids, length, key_length),
+        "segment_ids": segments,
     }
 
 

@@ -55,6 +55,9 @@ class Band:
     def ranges(self, i: Any) -> list[tuple[Any, Any, bool]]:
         """Stretches `[start, stop)` of tiles of keys, and whether the mask cuts them."""
         size, count, window = self.key_size, self.key_count, self.window
+        cutting = (window, self.key_length, self.mask, self.segments)
+        if not self.causal and all(x is None for x in cutting):
+            return [(0, count, False)]
         first = i * self.query_size + self.first_offset  # positions of the tile's queries
         last = i * self.query_size + self.query_size - 1 + self.last_offset
         start, stop = 0, count  # tiles of which anything is seen

@@ -78,7 +78,8 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
         The new `Cache`.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        TypeError: for an index that is not an integer.
+        ValueError: for shapes that do not fit, or an integer index that leaves no room.
 
     Example:
 
@@ -90,9 +91,17 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
     128.0
     """
     cache = Cache(*cache)
-    index = ops.cast(to_tensor(index), "int32")
-    check_rank("index", index, (0, 1))
     length, size = key.shape[1], cache.key.shape[1]
+    if isinstance(index, int) and None not in (length, size) and not 0 <= index <= size - length:
+        raise ValueError(
+            f"`index` must leave room for {length} positions in a cache of {size}. Received: "
+            f"index={index}, key with shape {tuple(key.shape)}"
+        )
+    index = to_tensor(index)
+    if "int" not in dtype_of(index):
+        raise TypeError(f"`index` must be an integer. Received: dtype {dtype_of(index)}")
+    index = ops.cast(index, "int32")
+    check_rank("index", index, (0, 1))
     if None not in (length, size) and length > size:
         raise ValueError(
             f"`key` must not be longer than the cache, {size} positions. Received: key with shape "

@@ -35,12 +35,10 @@ def attention(
     if key_mask is not None and kernel.absent == 0:
         # a key of zeros has the logit 0, which such a kernel ignores
         key, key_mask = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key)), None
-    stacks = (
-        tiles.split(widen(query) * scale * kernel.query_scale, query_size, groups),
-        tiles.split(key, key_size),
-        tiles.split(value, key_size),
-    )
-    key_count = ops.shape(stacks[1])[0]
+    arrays = (widen(query) * scale * kernel.query_scale, key, value)
+    if "float64" in (dtype_of(x) for x in arrays):
+        arrays = tuple(ops.cast(x, "float64") for x in arrays)
+    key_count = tiles.count_of(key_length, key_size)
     exact = isinstance(key_length, int) and key_length == key_count * key_size
     make_band = functools.partial(
         Band,
@@ -68,29 +66,45 @@ def attention(
         del tensors["query_offset"]
         make_band = functools.partial(make_band, query_offset=visibility["query_offset"])
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    attend = _with_gradient(kernel, make_band, tuple(tensors))
-    out = tiles.merge(attend(*stacks, *tensors.values()), length, groups)
-    return ops.cast(out, dtype_of(value))
+    attend = _with_gradient(kernel, make_band, tuple(tensors), query_size, key_size, groups)
+    return ops.cast(attend(*arrays, *tensors.values()), dtype_of(value))
 
 
-def _with_gradient(kernel: Any, make_band: Any, names: tuple[str, ...]) -> Any:
-    """The function of stacks, and of the named tensors of a band, which have no gradient.
+def _with_gradient(
+    kernel: Any, make_band: Any, names: tuple[str, ...], query_size: int, key_size: int, groups: int
+) -> Any:
+    """The function of query, key, value, and of the named tensors of a band.
 
-    JAX wants every tensor to be an argument: it may not be closed over.
+    JAX wants every tensor to be an argument: it may not be closed over. Cutting into tiles is
+    inside, because TensorFlow's gradient of it fails under XLA where lengths are unknown.
     """
 
     @ops.custom_gradient
     def attend(query: Any, key: Any, value: Any, *tensors: Any) -> tuple[Any, Any]:
+        length, key_length = ops.shape(query)[1], ops.shape(key)[1]
         band = make_band(**dict(zip(names, tensors, strict=True)))
-        out, *sums = tiled_passes.forward(query, key, value, kernel, band)
-        kept = tuple(ops.stop_gradient(x) for x in (query, key, value, out, *sums))
+        stacks = (
+            tiles.split(query, query_size, groups),
+            tiles.split(key, key_size),
+            tiles.split(value, key_size),
+        )
+        out, *sums = tiled_passes.forward(*stacks, kernel, band)
+        kept = (*stacks, out, *sums)
 
         def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             upstream = args[0] if upstream is None else upstream
-            gradients = tiled_passes.backward(kept, upstream, kernel, band)
-            return (*gradients, *(None for _ in names))
+            if tiles.runs_eagerly():  # PyTorch would go on to differentiate half of what follows
+                upstream = ops.stop_gradient(upstream)
+            upstream = tiles.split(upstream, query_size, groups)
+            dq, dk, dv = tiled_passes.backward(kept, upstream, kernel, band)
+            return (
+                tiles.merge(dq, length, groups),
+                tiles.merge(dk, key_length),
+                tiles.merge(dv, key_length),
+                *(None for _ in names),
+            )
 
-        return out, gradient
+        return tiles.merge(out, length, groups), gradient
 
     return attend
 

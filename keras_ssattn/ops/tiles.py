@@ -16,6 +16,12 @@ def runs_eagerly() -> bool:
     return keras.backend.backend() == "torch"
 
 
+def count_of(length: Any, size: int) -> Any:
+    """The number of tiles that hold `length` positions; 1 or more, if it is known."""
+    count = -(-length // size)
+    return max(count, 1) if isinstance(count, int) else count
+
+
 def split(x: Any, size: int, groups: int = 1) -> Any:
     """Cuts `[B, T, K * groups, D]` into a stack `[n, B, K, groups * size, D]`, padded by zeros.
 
@@ -24,9 +30,7 @@ def split(x: Any, size: int, groups: int = 1) -> Any:
     batch, length = ops.shape(x)[:2]
     num_heads, width = x.shape[2:]
     num_heads //= groups
-    count = -(-length // size)
-    if isinstance(length, int):
-        count = max(count, 1)
+    count = count_of(length, size)
     padding = count * size - length
     if not isinstance(length, int) or padding:
         x = ops.concatenate([x, ops.zeros((batch, padding, *x.shape[2:]), x.dtype)], axis=1)

@@ -204,8 +204,12 @@ def check_segments(segment_ids: Any, query_length: Any, key_length: Any) -> Any:
     if segment_ids is None:
         return None
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    pair = [to_tensor(x) for x in pair]
-    for x, length in zip(pair, (query_length, key_length), strict=len(pair) == 2):
+    if len(pair) != 2:
+        raise ValueError(
+            f"`segment_ids` must be [B, T] or a pair of tensors. Received: {len(pair)} of them"
+        )
+    pair = tuple(to_tensor(x) for x in pair)
+    for x, length in zip(pair, (query_length, key_length), strict=True):
         known = None not in (x.shape[-1], length) and isinstance(length, int)
         if len(x.shape) != 2 or (known and x.shape[1] != length):
             raise ValueError(
