@@ -65,7 +65,7 @@ def copy_weights(ours, reference):
 
 def assign(layer, source):
     for weight, value in zip(layer.weights, source.weights, strict=True):
-        weight.assign(value)
+        weight.assign(to_numpy(value))  # JAX would share the array, and training deletes it
 
 
 def test_train_step_reports_every_model(tmp_path, backend):
