@@ -101,6 +101,41 @@ def attention(query, key, value, name="softmax", scale=None, s=1.0, b=0.0, lengt
     return (out, weights) if return_weights else out
 
 
+def logit_gradient(name, x, weights, upstream, epsilon=1e-6):
+    """Gradient of sum(weights * upstream) over one row of moderate logits."""
+    if name == "softmax":
+        return weights * (upstream - weights @ upstream)
+    if name == "softpick":
+        slope, magnitude_slope, constant = np.ones_like(x), np.sign(x), 1.0
+        magnitude = np.abs(x)
+    else:
+        slope, magnitude_slope, constant = np.exp(x) * (x > 0), np.exp(x) * np.sign(x), epsilon
+        magnitude = np.abs(np.expm1(x))
+    total = constant + magnitude.sum()
+    return (slope * upstream - magnitude_slope * (weights @ upstream)) / total
+
+
+def attention_gradients(query, key, value, cotangent, name="softmax", scale=None, **visibility):
+    """Gradients of sum(attention * cotangent) with respect to query, key and value."""
+    query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
+    batch, length, heads, size = query.shape
+    groups = heads // key.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    seen = visible(length, key.shape[1], batch, heads, **visibility)
+    _, weights = attention(query, key, value, name, scale, return_weights=True, **visibility)
+    dq, dk, dv = (np.zeros_like(x) for x in (query, key, value))
+    for b, h, i in np.ndindex(batch, heads, length):
+        kept, g = seen[b, h, i], h // groups
+        factor = scale * (np.log(max(kept.sum(), 1)) if name == "ssmax" else 1.0)
+        q, k, v, w = query[b, i, h], key[b, kept, g], value[b, kept, g], weights[b, h, i, kept]
+        row = "softmax" if name == "ssmax" else name
+        dx = factor * logit_gradient(row, k @ q * factor, w, v @ cotangent[b, i, h])
+        dq[b, i, h] = dx @ k
+        dk[b, kept, g] += np.outer(dx, q)
+        dv[b, kept, g] += np.outer(w, cotangent[b, i, h])
+    return dq, dk, dv
+
+
 def finite_difference(function, arrays, cotangent, step=1e-6):
     """Gradients of sum(function(*arrays) * cotangent) by central differences, in float64."""
     arrays = [np.array(a, "float64") for a in arrays]

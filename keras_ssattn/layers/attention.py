@@ -223,12 +223,13 @@ class MultiHeadAttention(keras.layers.Layer):
             raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
         if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
             raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
-        sizes = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
-        all_sizes = sizes if cache is None else (*sizes[:3], cache[0].shape[1])
-        query_mask = padding_mask("query_mask", query_mask, sizes[::2], "[B, T]")
+        batch, length = query.shape[:2]
+        key_length = (value if cache is None else cache[0]).shape[1]
+        sizes = (batch, self.num_heads, length, key_length)
+        query_mask = padding_mask("query_mask", query_mask, (batch, length), "[B, T]")
         visibility = {
-            "mask": attention_mask_by_head(attention_mask, all_sizes),
-            "key_mask": both_masks(value_mask, key_mask, sizes[::3]),
+            "mask": attention_mask_by_head(attention_mask, sizes),
+            "key_mask": both_masks(value_mask, key_mask, (batch, value.shape[1])),
             "causal": use_causal_mask,
             "window": self.sliding_window,
             "query_offset": cache_index,
@@ -262,8 +263,7 @@ class MultiHeadAttention(keras.layers.Layer):
             if query_mask is not None:
                 seen = ops.expand_dims(query_mask, (2, 3))  # [B, T, 1, 1]
                 output = ops.where(seen, output, ops.zeros_like(output))
-        results = [self.output_dense(output)]
-        results += [weights] if return_attention_scores else []
+        results = [self.output_dense(output), *([weights] if return_attention_scores else [])]
         results += [cache] if cache is not None else []
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ssattn.layers._config import check_positive
 from keras_ssattn.ops import log_length_scale
 
 
@@ -50,14 +51,7 @@ class LengthScale(keras.layers.Layer):
     query_size: int | None = None  # features of a query head; attention layers set it
 
     def __init__(self, num_heads: int | None = None, **kwargs: Any) -> None:
-        if num_heads is not None and (
-            isinstance(num_heads, bool)
-            or not isinstance(num_heads, numbers.Integral)
-            or num_heads < 1
-        ):
-            raise ValueError(
-                f"`num_heads` must be a positive integer or None. Received: num_heads={num_heads!r}"
-            )
+        num_heads = check_positive("num_heads", num_heads, optional=True)
         super().__init__(**kwargs)
         self.num_heads = num_heads
 

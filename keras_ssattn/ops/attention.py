@@ -22,8 +22,8 @@ from keras_ssattn.ops.visibility import check_segments, key_count
 
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 COMPUTE = {"dense": dense.attention, "tiled": tiled.attention, "fused": fused.attention}
-# T * S beyond which tiles are faster than all weights, measured on two CPU cores, and beyond which
-# a mask for the fused kernel would cost more memory than the tiles do.
+# T * S beyond which tiles are faster than all weights, measured on two CPU cores; and the most
+# entries of a mask for the fused kernel, 16 MiB in float32.
 DENSE_UP_TO, MASKED_UP_TO = 2**19, 2**22
 
 
@@ -69,13 +69,13 @@ def attention(
         epsilon: of `rectified_softpick`; the others do not use it.
         implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
             `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
-            the backward pass, which cannot be differentiated again; it skips tiles that
-            `causal` and `window` hide. `"fused"` calls `keras.ops.dot_product_attention`, for
+            the backward pass; it skips tiles that `causal` and `window` hide. It has no second
+            derivative: to take one raises. `"fused"` calls `keras.ops.dot_product_attention`, for
             softmax and ssmax on PyTorch, where that is a fused kernel; elsewhere, and with masks
             on Keras before 3.14, it raises. `"auto"` takes `"fused"` where it is available and
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
-            `T * S` passes 2^19 (724 x 724); else `"dense"`. `"auto"` takes
-            `"dense"` for a length known only when a TensorFlow graph runs.
+            `T * S` passes 2^19 (724 x 724); else, and for a length that is unknown until a
+            TensorFlow graph runs, `"dense"`.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -83,6 +83,7 @@ def attention(
     Raises:
         TypeError: for inputs that are not floating-point, or a float mask.
         ValueError: for any other argument that does not fit.
+        NotImplementedError: where the gradient of tiled attention is differentiated.
 
     Example:
 
@@ -103,8 +104,6 @@ def attention(
             f"`implementation` must be one of {('auto', *COMPUTE)}. Received: "
             f"implementation={implementation!r}"
         )
-    if keras.utils.is_keras_tensor(query):
-        return dense.attention(query, key, value, kernel, factor, visibility, epsilon)
     if implementation == "fused" and not fused.is_available(kernel, visibility):
         raise ValueError(
             'implementation="fused" serves softmax and ssmax on the torch backend, with masks from '
@@ -112,6 +111,8 @@ def attention(
             f"{keras.backend.backend()} backend, Keras {keras.version()}"
         )
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
+    if keras.utils.is_keras_tensor(query):  # only the shape is asked for
+        return dense.attention(*arguments)
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
     size = ops.shape(query)[1] * ops.shape(key)[1]

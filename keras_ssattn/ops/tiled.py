@@ -24,7 +24,7 @@ def attention(
     """`keras_ssattn.ops.attention` without a `T x S` tensor, forward or backward.
 
     Of the forward pass only the output and two numbers per row are kept. The backward pass is
-    written by hand, and is not differentiable again.
+    written by hand; to differentiate it again raises.
     """
     kernel = kernels.get(normalizer, epsilon)
     groups = query.shape[2] // key.shape[2]
@@ -93,20 +93,37 @@ def _with_gradient(
 
         def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             upstream = args[0] if upstream is None else upstream
-            if tiles.runs_eagerly():  # PyTorch would go on to differentiate half of what follows
-                upstream = ops.stop_gradient(upstream)
             upstream = tiles.split(upstream, query_size, groups)
             dq, dk, dv = tiled_passes.backward(kept, upstream, kernel, band)
             return (
-                tiles.merge(dq, length, groups),
-                tiles.merge(dk, key_length),
-                tiles.merge(dv, key_length),
+                _final(tiles.merge(dq, length, groups), query),
+                _final(tiles.merge(dk, key_length), key),
+                _final(tiles.merge(dv, key_length), value),
                 *(None for _ in names),
             )
 
         return tiles.merge(out, length, groups), gradient
 
     return attend
+
+
+def _final(gradient: Any, x: Any) -> Any:
+    """The gradient of x, marked as one that cannot be differentiated again.
+
+    What the forward pass kept is constant in it, so a second derivative would be wrong.
+    """
+
+    @ops.custom_gradient
+    def mark(gradient: Any, _: Any) -> tuple[Any, Any]:
+        def refuse(*args: Any, upstream: Any = None) -> Any:
+            raise NotImplementedError(
+                'implementation="tiled" of attention has no second derivative; '
+                'implementation="dense" has.'
+            )
+
+        return gradient + 0.0, refuse
+
+    return mark(gradient, x)
 
 
 def _tile_size(length: Any, most: int) -> int:
