@@ -1,7 +1,10 @@
-"""What tests need of a backend and Keras does not offer: gradients of a plain function."""
+"""What several tests do: gradients of a plain function, a step of training, saving and loading."""
 
 import keras
 import numpy as np
+from scripts.cases import randomize
+
+FORMATS = [".keras", ".weights.h5"]
 
 
 def to_numpy(x):
@@ -52,3 +55,41 @@ def relative_error(actual, expected):
     if not expected.size:
         return 0.0
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def predict(model, *inputs):
+    """The output in inference mode as float32; `model.predict` without compiling a function."""
+    return to_numpy(keras.ops.cast(model(*inputs, training=False), "float32"))
+
+
+def train(model, x, y, learning_rate=0.5, **options):
+    model.compile(keras.optimizers.SGD(learning_rate), "mse")
+    options = {"batch_size": len(x), "epochs": 1, "shuffle": False, "verbose": 0, **options}
+    return model.fit(x, y, **options).history["loss"]
+
+
+def values(weights):
+    return {weight.path: to_numpy(weight) for weight in weights}
+
+
+def changed(before, after):
+    return {path for path in before if np.abs(before[path] - after[path]).max() > 1e-6}
+
+
+def reload(model, path, make):
+    """Saves a model and loads it, into a new `make()` where the file has weights only."""
+    if path.name.endswith(".keras"):
+        model.save(path)
+        return keras.saving.load_model(path)
+    model.save_weights(path)
+    fresh = make()
+    fresh.load_weights(path)
+    return fresh
+
+
+def assert_survives(make, path, x, change=randomize):
+    model = change(make())
+    loaded = reload(model, path, make)
+    assert type(loaded) is type(model)
+    assert [w.shape for w in loaded.weights] == [w.shape for w in model.weights]
+    np.testing.assert_allclose(predict(loaded, x), predict(model, x), rtol=1e-6, atol=1e-6)

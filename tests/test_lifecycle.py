@@ -1,8 +1,9 @@
-"""Training, precision, seeds, masks, quantization, LoRA and cloning, through Keras's own API."""
+"""Training, precision, seeds, masks and cloning, through Keras's own API."""
 
 import keras
 import numpy as np
 import pytest
+from helpers import changed, predict, to_numpy, train, values
 from scripts.cases import (
     FEATURES,
     NORMALIZERS,
@@ -21,28 +22,6 @@ from keras_ssattn.layers import (
     SSMax,
     TransformerBlock,
 )
-
-to_numpy = keras.ops.convert_to_numpy
-
-
-def predict(model, x):
-    """The output in inference mode as float32; `model.predict` without compiling a function."""
-    return to_numpy(keras.ops.cast(model(x, training=False), "float32"))
-
-
-def train(model, x, y, learning_rate=0.5, **options):
-    model.compile(keras.optimizers.SGD(learning_rate), "mse")
-    options = {"batch_size": len(x), "epochs": 1, "shuffle": False, "verbose": 0, **options}
-    return model.fit(x, y, **options).history["loss"]
-
-
-def values(weights):
-    return {weight.path: to_numpy(weight) for weight in weights}
-
-
-def changed(before, after):
-    return {path for path in before if np.abs(before[path] - after[path]).max() > 1e-6}
-
 
 # Training
 
@@ -401,81 +380,3 @@ def test_clone_model(normalizer):
     assert np.abs(predict(clone, x) - predict(model, x)).max() > 1e-2
     clone.set_weights(model.get_weights())
     np.testing.assert_array_equal(predict(clone, x), predict(model, x))
-
-
-# Quantization and LoRA
-
-PARTS = {
-    "attention": lambda x: MultiHeadAttention(
-        4, 3, num_kv_heads=2, normalizer=SSMax(use_bias=True), name="part"
-    )(x, x),
-    "block": lambda x: TransformerBlock(2, ffn_type="gated", qk_norm=True, name="part")(x),
-    "cross": lambda x: TransformerBlock(2, cross_attention=True, name="part")(x, x[:, :5]),
-    "feed_forward": lambda x: keras_ssattn.layers.FeedForward(5, name="part")(x),
-}
-
-
-def part_model(part):
-    inputs = keras.Input((TIME, FEATURES))
-    return randomize(keras.Model(inputs, PARTS[part](inputs)))
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_projections_are_all_the_dense_layers(part):
-    layer = part_model(part).get_layer("part")
-    dense = keras.layers.Dense, keras.layers.EinsumDense
-    inside = {id(x) for x in layer._flatten_layers() if isinstance(x, dense)}
-    projections = layer.projections()
-    assert {id(x) for x in projections} == inside
-    assert len(projections) == len(inside)
-
-
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
-@pytest.mark.parametrize("part", ["attention", "block"])
-def test_quantize_int8(part):
-    model, x = part_model(part), sequences()
-    expected = predict(model, x)
-    scales = {w.path: to_numpy(w) for w in model.weights if w.name in ("s", "b")}
-    model.quantize("int8")
-    projections = model.get_layer("part").projections()
-    assert {p.quantization_mode for p in projections} == {"int8"}
-    assert {str(p.kernel.dtype) for p in projections} == {"int8"}
-    y = predict(model, x)
-    error = np.abs(y - expected).max() / np.abs(expected).max()
-    assert 0 < error < 0.1
-    for weight in model.weights:
-        if weight.name in ("s", "b"):
-            assert weight.dtype == "float32"
-            np.testing.assert_array_equal(to_numpy(weight), scales[weight.path])
-
-
-@pytest.mark.parametrize("part", ["attention", "block"])
-def test_lora_trains_adapters_and_keeps_kernels(part):
-    model, x = part_model(part), sequences()
-    expected = predict(model, x)
-    projections = model.get_layer("part").projections()
-    kernels = [to_numpy(p.kernel) for p in projections]
-    for projection in projections:
-        projection.enable_lora(rank=2)
-    np.testing.assert_allclose(predict(model, x), expected, atol=1e-6)  # adapters start at 0
-    before = values(model.trainable_weights)
-    train(model, x, sequences(seed=4), learning_rate=0.1, epochs=2)
-    moved = changed(before, values(model.trainable_weights))
-    for projection, kernel in zip(projections, kernels, strict=True):
-        np.testing.assert_array_equal(to_numpy(projection._kernel), kernel)
-        assert projection.lora_kernel_b.path in moved
-    scales = {w.path for w in model.weights if w.name in ("s", "b")}
-    assert scales <= moved
-
-
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
-def test_lora_on_a_quantized_model_trains():
-    model, x = part_model("attention"), sequences()
-    model.quantize("int8")
-    for projection in model.get_layer("part").projections():
-        projection.enable_lora(rank=2)
-    before = values(model.trainable_weights)
-    assert np.isfinite(train(model, x, sequences(seed=4), learning_rate=0.1)).all()
-    moved = changed(before, values(model.trainable_weights))
-    assert "part/normalizer/length_scale/s" in moved
-    assert sum("lora_kernel_b" in path for path in moved) == 4
