@@ -59,7 +59,7 @@ class Softpick:
     query_scale = 2.0**-24  # x arrives multiplied by it
 
     def values(self, x: Any, m: Any) -> tuple[Any, Any]:
-        return x, ops.abs(x)
+        return x, abs(x)
 
     def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
         return x, upstream - ops.sign(x) * delta
@@ -92,7 +92,7 @@ class RectifiedSoftpick:
 
     def values(self, x: Any, m: Any) -> tuple[Any, Any]:
         d = self.difference(x, m)
-        return ops.relu(d), ops.abs(d)
+        return ops.relu(d), abs(d)
 
     def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
         d, sign = self.difference(x, m), ops.sign(x)

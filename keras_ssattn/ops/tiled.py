@@ -9,7 +9,8 @@ from keras_ssattn.ops import kernels, tiled_passes, tiles
 from keras_ssattn.ops._arguments import dtype_of, widen
 from keras_ssattn.ops.band import Band
 
-QUERY_TILE, KEY_TILE = 512, 256  # positions, at most; measured on two CPU cores
+# positions, at most; measured on two CPU cores
+QUERY_TILE, KEY_TILE = 512, 512 if tiles.runs_eagerly() else 256
 
 
 def attention(

@@ -41,14 +41,14 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
                     shrink = ops.exp(m - higher)
                     m, total, out = higher, total * shrink, out * shrink
                 f, g = kernel.values(x, m)
-                return m, total + _row_sum(g), out + ops.matmul(f, widen(values[j]))
+                return m, total + _row_sum(g), out + f @ widen(values[j])
 
             return add
 
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             total, state = carry
             x = _logits(q, keys[j], kernel, band, i, j, cut=False)
-            return total + _row_sum(ops.abs(x)), state + products[j]
+            return total + _row_sum(abs(x)), state + products[j]
 
         m = ops.full(row_shape, kernel.first_max, dtype)
         total, out = ops.zeros(row_shape, dtype), ops.zeros(out_shape, dtype)
@@ -56,7 +56,7 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
             if kernel.linear and not cut:
                 carry = (total, ops.zeros(state_shape, dtype))
                 total, state = ops.fori_loop(start, stop, whole_linear_tile, carry)
-                out = out + ops.matmul(q, state)
+                out = out + q @ state
             else:
                 m, total, out = ops.fori_loop(start, stop, tile_of_keys(cut), (m, total, out))
         total = total + kernel.constant(m)
@@ -91,25 +91,25 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
             def add(j: Any, carry: Any) -> Any:
                 dq, dks, dvs = carry
                 x = _logits(q, keys[j], kernel, band, i, j, cut)
-                weighted = ops.matmul(dn, _transpose(widen(values[j])))
+                weighted = dn @ _transpose(widen(values[j]))
                 f, dx = kernel.gradient(x, m, weighted, delta)
                 if cut and kernel.linear:
                     dx = dx * ops.cast(band.visible(i, j), dtype)
-                dks = tiles.add(dks, j, ops.matmul(_transpose(dx), q))
-                dvs = tiles.add(dvs, j, ops.matmul(_transpose(f), dn))
-                return dq + ops.matmul(dx, widen(keys[j])), dks, dvs
+                dks = tiles.add(dks, j, _transpose(dx) @ q)
+                dvs = tiles.add(dvs, j, _transpose(f) @ dn)
+                return dq + dx @ widen(keys[j]), dks, dvs
 
             return add
 
-        scaled, outer = -delta * q, ops.matmul(_transpose(q), dn) if kernel.linear else None
+        scaled, outer = -delta * q, _transpose(q) @ dn if kernel.linear else None
 
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             # dx = dn . v - sign(x) delta, and only its second half needs x
             signed, state, dks, states = carry
             sign = ops.sign(_logits(q, keys[j], kernel, band, i, j, cut=False))
-            dks = tiles.add(dks, j, ops.matmul(_transpose(sign), scaled))
+            dks = tiles.add(dks, j, _transpose(sign) @ scaled)
             states = tiles.add(states, j, outer)
-            signed = signed + ops.matmul(sign, widen(keys[j]))
+            signed = signed + sign @ widen(keys[j])
             return signed, state + products[j], dks, states
 
         dq = ops.zeros(shape[1:], dtype)
@@ -117,7 +117,7 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
             if kernel.linear and not cut:
                 carry = (ops.zeros_like(dq), ops.zeros(state_shape, dtype), dks, states)
                 signed, state, dks, states = ops.fori_loop(start, stop, whole_linear_tile, carry)
-                dq = dq + ops.matmul(dn, _transpose(state)) - delta * signed
+                dq = dq + dn @ _transpose(state) - delta * signed
             else:
                 dq, dks, dvs = ops.fori_loop(start, stop, tile_of_keys(cut), (dq, dks, dvs))
         return tiles.write(dqs, i, dq), dks, dvs, states
@@ -132,15 +132,15 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
     dq, dk, dv = tiles.stack(dqs, queries), tiles.stack(dks, keys), tiles.stack(dvs, values)
     if kernel.linear:
         states = tiles.stack(states, [ops.zeros(state_shape, dtype)])
-        dk = dk + ops.matmul(widen(value), _transpose(states))
-        dv = dv + ops.matmul(widen(key), states)
+        dk = dk + widen(value) @ _transpose(states)
+        dv = dv + widen(key) @ states
     gradients = zip((dq, dk, dv), (query, key, value), strict=True)
     return tuple(ops.cast(gradient, x.dtype) for gradient, x in gradients)
 
 
 def _logits(q: Any, k: Any, kernel: Any, band: Band, i: Any, j: Any, cut: bool) -> Any:
     """A tile of logits; those of keys that are not seen are what the kernel ignores."""
-    x = ops.matmul(q, _transpose(widen(k)))
+    x = q @ _transpose(widen(k))
     if band.key_mask is not None:
         x = ops.where(band.key_mask[j], x, kernel.absent)
     if cut and kernel.absent == 0:
@@ -152,7 +152,7 @@ def _logits(q: Any, k: Any, kernel: Any, band: Band, i: Any, j: Any, cut: bool) 
 
 def _products(key: Any, value: Any) -> Any:
     """The sum of k v^T over each tile: what the linear form keeps of it."""
-    return tiles.unstack(ops.matmul(_transpose(widen(key)), widen(value)))
+    return tiles.unstack(_transpose(widen(key)) @ widen(value))
 
 
 def _row_sum(x: Any) -> Any:

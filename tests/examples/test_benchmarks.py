@@ -1,6 +1,7 @@
 """The benchmarks run, write what they should, and compare like with like. Nothing is timed."""
 
 import importlib.util
+import itertools
 import json
 import math
 import operator
@@ -36,8 +37,9 @@ def train_step():
     return module
 
 
-def run_small(script, output):
+def run_small(script, output, *options):
     command = [sys.executable, str(BENCHMARKS / script), "--small", "--output", str(output)]
+    command += options
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text()), done.stdout
@@ -88,15 +90,34 @@ def test_import_time_reports_both_imports(tmp_path, backend):
     assert all(math.isfinite(x) and x > 0 for x in numbers_in(result))
 
 
-def test_attention_reports_time_and_memory_of_all(tmp_path, backend):
+def test_attention_reports_every_implementation(tmp_path, backend):
     result, printed = run_small("attention.py", tmp_path / "result.json")
     assert result["backend"] == backend
-    rows = result["rows"]
-    assert list(rows) == ["keras.ops.dot_product_attention", *NORMALIZERS[:1], *NORMALIZERS[2:]]
-    [reference, *others] = rows.values()
-    assert all(name in printed and row["seconds"] > 0 for name, row in rows.items())
-    for row in others:
+    implementations = {"tiled", "dense"}
+    expected = {f"{x}, {y}" for x in NORMALIZERS if x != "softmax" for y in implementations}
+    expected |= {"keras.ops.dot_product_attention"}
+    if backend == "torch":
+        expected |= {"ssmax, fused", "torch scaled_dot_product_attention"}
+    rows = {(row["name"], row["length"], row["pass"]): row for row in result["rows"]}
+    passes = ("forward", "forward + backward")
+    assert set(rows) == set(itertools.product(expected, (400, 800), passes))
+    for (name, length, which), row in rows.items():
+        reference = rows["keras.ops.dot_product_attention", length, which]
+        assert name in printed
+        assert row["seconds"] > 0
         assert row["seconds_ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+    for name, exponent in result["growth_exponent"].items():
+        short, long = (rows[name, length, passes[1]]["seconds"] for length in (400, 800))
+        assert exponent == pytest.approx(math.log2(long / short))
+    assert set(result["growth_exponent"]) == expected
+
+
+def test_attention_reports_memory_of_a_longer_input(tmp_path):
+    result, _ = run_small("attention.py", tmp_path / "result.json", "--alone")
+    assert [row["name"].split(", ")[1] for row in result["rows"]] == ["tiled"] * 6
+    for row in result["rows"]:
+        assert row["gibibytes"] >= 0
+        assert row["seconds_with_compilation"] > 0
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
