@@ -1,9 +1,9 @@
 """Time, memory and growth of causal attention, relative to what Keras has.
 
 Every normalizer in every implementation, beside `keras.ops.dot_product_attention`, compiled (XLA
-on TensorFlow and JAX), in turn in one process; ratios are of medians. On PyTorch
-`scaled_dot_product_attention` is measured too; where there is a GPU, also the flash kernels of
-PyTorch and of JAX in bfloat16. Peak memory is that of a process of its own for each, above what
+on TensorFlow and JAX), in turn in one process; the median of the rounds' ratios is reported. On
+PyTorch `scaled_dot_product_attention` is measured too; where there is a GPU, also the flash
+kernels of PyTorch and of JAX in bfloat16. Peak memory is that of a process of its own for each, above what
 it held before the first pass, compilation included. The growth exponent is the slope of
 log(time) over log(T).
 
@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -165,15 +164,14 @@ def time_in_turn(args: argparse.Namespace, length: int, dtype: str) -> list[dict
                 passes[name][which]()
                 if repeat:
                     seconds[name].append(time.perf_counter() - start)
-        medians = {name: float(np.median(seconds[name])) for name in names}
         rows += [
             {
                 "name": name,
                 "length": length,
                 "pass": which,
                 "dtype": dtype,
-                "seconds": medians[name],
-                "seconds_ratio": medians[name] / medians[REFERENCE],
+                "seconds": float(np.median(seconds[name])),
+                "seconds_ratio": float(np.median(np.divide(seconds[name], seconds[REFERENCE]))),
             }
             for name in names
         ]
@@ -212,7 +210,7 @@ def print_peak_memory(args: argparse.Namespace) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where it is a GPU, else of the process."""
+    """Bytes: of the device where it is a GPU, else of the process, on Linux."""
     if on_gpu() and BACKEND == "torch":
         import torch
 
@@ -225,7 +223,9 @@ def peak_memory() -> int:
         import tensorflow as tf
 
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    # not ru_maxrss, which a process inherits from the one that started it
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--size", type=int, default=64, help="of each head")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="tiles only, each once")
     parser.add_argument("--small", action="store_true", help="short inputs; memory if --alone")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON file to write")

@@ -8,7 +8,8 @@ With :math:`dN_i = dO_i / Z_i` and :math:`\delta_i = dN_i \cdot o_i`, its gradie
     dv_j = \sum_i f(x_{ij}) dN_i
 
 A kernel gives f, g, c and dx. f, g and c may all be multiplied by e^-m, which cancels, where m is
-a maximum over the keys seen so far. The normalizers themselves, on whole rows, are in
+a maximum over the keys seen so far. Where a tile is changed by augmented assignments, PyTorch does
+so in place, which spares it memory. The normalizers themselves, on whole rows, are in
 `normalizers.py`; tests hold the two together.
 """
 
@@ -88,7 +89,9 @@ class RectifiedSoftpick:
 
     def difference(self, x: Any, m: Any) -> Any:
         """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        return ops.expm1(x - m) - ops.expm1(-m)
+        d = ops.expm1(x - m)
+        d -= ops.expm1(-m)
+        return d
 
     def values(self, x: Any, m: Any) -> tuple[Any, Any]:
         d = self.difference(x, m)
@@ -96,7 +99,12 @@ class RectifiedSoftpick:
 
     def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
         d, sign = self.difference(x, m), ops.sign(x)
-        return ops.relu(d), (d + ops.exp(-m)) * (ops.relu(sign) * upstream - sign * delta)
+        f, slope = ops.relu(d), ops.relu(sign)
+        slope *= upstream
+        sign *= delta
+        slope -= sign
+        slope *= d + ops.exp(-m)
+        return f, slope
 
     def constant(self, m: Any) -> Any:
         return self.epsilon * ops.exp(-m)

@@ -4,7 +4,8 @@ The logits are computed a tile at a time, in the forward pass and again in the b
 `kernels.py` has the formulas. In both, one loop over the tiles of queries has another over the
 tiles of keys that they see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R
 rows, with every scale multiplied in; keys `[m, B, K, C, D]`, m tiles of C keys; values
-`[m, B, K, C, Dv]`. Arithmetic is float32 or wider.
+`[m, B, K, C, Dv]`. Arithmetic is float32 or wider. Sums are augmented assignments, which PyTorch
+does in place.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
 arXiv 2205.14135 (tiles, and a backward pass that computes them again); Katharopoulos et al.,
@@ -39,16 +40,22 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
                 if not kernel.linear:
                     higher = ops.maximum(m, kernel.peak(x))
                     shrink = ops.exp(m - higher)
-                    m, total, out = higher, total * shrink, out * shrink
+                    m = higher
+                    total *= shrink
+                    out *= shrink
                 f, g = kernel.values(x, m)
-                return m, total + _row_sum(g), out + f @ widen(values[j])
+                total += _row_sum(g)
+                out += f @ widen(values[j])
+                return m, total, out
 
             return add
 
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             total, state = carry
             x = _logits(q, keys[j], kernel, band, i, j, cut=False)
-            return total + _row_sum(abs(x)), state + products[j]
+            total += _row_sum(abs(x))
+            state += products[j]
+            return total, state
 
         m = ops.full(row_shape, kernel.first_max, dtype)
         total, out = ops.zeros(row_shape, dtype), ops.zeros(out_shape, dtype)
@@ -97,7 +104,8 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
                     dx = dx * ops.cast(band.visible(i, j), dtype)
                 dks = tiles.add(dks, j, _transpose(dx) @ q)
                 dvs = tiles.add(dvs, j, _transpose(f) @ dn)
-                return dq + dx @ widen(keys[j]), dks, dvs
+                dq += dx @ widen(keys[j])
+                return dq, dks, dvs
 
             return add
 
@@ -109,8 +117,9 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
             sign = ops.sign(_logits(q, keys[j], kernel, band, i, j, cut=False))
             dks = tiles.add(dks, j, _transpose(sign) @ scaled)
             states = tiles.add(states, j, outer)
-            signed = signed + sign @ widen(keys[j])
-            return signed, state + products[j], dks, states
+            signed += sign @ widen(keys[j])
+            state += products[j]
+            return signed, state, dks, states
 
         dq = ops.zeros(shape[1:], dtype)
         for start, stop, cut in band.ranges(i):
