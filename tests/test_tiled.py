@@ -226,3 +226,13 @@ def derivative(function, x):
 
     x = x if isinstance(x, torch.Tensor) else torch.tensor(x, requires_grad=True)
     return torch.autograd.grad(function(x), [x], create_graph=True)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_epsilon_is_in_the_unit_of_the_definition_at_any_logit(implementation):
+    x = np.full((1, 1, 1, 1), 60.0, "float32")
+    one = np.ones_like(x)
+    y = ops.attention(
+        x, one, one, "rectified_softpick", epsilon=float(np.exp(60)), implementation=implementation
+    )
+    np.testing.assert_allclose(to_numpy(y), 0.5, rtol=1e-5)

@@ -3,9 +3,9 @@
 Every normalizer in every implementation, beside `keras.ops.dot_product_attention`, compiled (XLA
 on TensorFlow and JAX), in turn in one process; the median of the rounds' ratios is reported. On
 PyTorch `scaled_dot_product_attention` is measured too; where there is a GPU, also the flash
-kernels of PyTorch and of JAX in bfloat16. Peak memory is that of a process of its own for each, above what
-it held before the first pass, compilation included. The growth exponent is the slope of
-log(time) over log(T).
+kernels of PyTorch and of JAX in bfloat16. Peak memory is that of a process of its own for each,
+above what it held before the first pass, compilation included. The growth exponent is the slope
+of log(time) over log(T).
 
     KERAS_BACKEND=jax python examples/benchmarks/attention.py --lengths 2048 4096 8192
 
