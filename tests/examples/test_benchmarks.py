@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +119,18 @@ def test_attention_reports_memory_of_a_longer_input(tmp_path):
     for row in result["rows"]:
         assert row["gibibytes"] > 0
         assert row["seconds_with_compilation"] > 0
+
+
+def test_the_table_of_the_readme_is_that_of_the_results(tmp_path):
+    for path in (BENCHMARKS / "results").glob("attention-*.json"):
+        shutil.copy(path, tmp_path)
+    script = BENCHMARKS / "attention_report.py"
+    command = [sys.executable, str(script), "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 6
+    assert done.stdout in (BENCHMARKS.parents[1] / "README.md").read_text()
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
