@@ -256,56 +256,6 @@ def zeros(*shape, dtype="float32"):
     return np.zeros(shape, dtype)
 
 
-X = zeros(2, 5, 4, 8)
-ERRORS = [
-    ((X, X, X, "sparsemax"), {}, ValueError, "`normalizer` must be one of.*'sparsemax'"),
-    ((X, X, X), {"implementation": "flash"}, ValueError, "`implementation` must be one of.*flash"),
-    ((X[0], X, X), {}, ValueError, r"`query` must have rank 4.*\(5, 4, 8\)"),
-    ((X, X[0], X), {}, ValueError, r"`key` must have rank 4.*\(5, 4, 8\)"),
-    ((X, X, X[0]), {}, ValueError, r"`value` must have rank 4.*\(5, 4, 8\)"),
-    ((X.astype("int32"), X, X), {}, TypeError, "`query` must have a floating-point.*int32"),
-    ((X, zeros(2, 5, 4, 7), X), {}, ValueError, "`query` and `key` must have the same last"),
-    ((X, zeros(2, 5, 3, 8), zeros(2, 5, 3, 8)), {}, ValueError, "number of heads of `query` must"),
-    ((X, X, zeros(2, 6, 4, 8)), {}, ValueError, "`key` and `value` must have the same length"),
-    ((X, X, zeros(2, 5, 2, 8)), {}, ValueError, "`key` and `value` must have the same length"),
-    ((X, X, X), {"window": -1}, ValueError, "`window` must be a positive integer"),
-    ((X, X, X), {"mask": zeros(5, 5)}, TypeError, "`mask` must be a boolean mask"),
-    ((X, X, X), {"length_scale": zeros(3, 5)}, ValueError, "`length_scale` must be broadcast"),
-    ((X, X, X), {"scale": float("nan")}, ValueError, "`scale` must be a finite number.*nan"),
-    (
-        (X, X, X, "rectified_softpick"),
-        {"epsilon": -1.0},
-        ValueError,
-        "`epsilon` must be a positive number.*-1.0",
-    ),
-    ((X, X[:1], X[:1]), {}, ValueError, "`query`, `key` and `value` must have the same batch"),
-    (
-        (X, X, X),
-        {"mask": np.ones((3, 1, 5, 5), bool)},
-        ValueError,
-        r"`mask` must be broadcastable to \[B, H, T, S\]",
-    ),
-    (
-        (X, X, X),
-        {"key_mask": np.ones((3, 5), bool)},
-        ValueError,
-        r"`key_mask` must be broadcastable to \[B, S\]",
-    ),
-    (
-        (X, X, X),
-        {"query_offset": np.array([0, 1, 2])},
-        ValueError,
-        r"`query_offset` must be broadcastable to \[B\]",
-    ),
-]
-
-
-@pytest.mark.parametrize(("args", "kwargs", "error", "match"), ERRORS, ids=[e[3] for e in ERRORS])
-def test_errors(args, kwargs, error, match):
-    with pytest.raises(error, match=match):
-        ops.attention(*args, **kwargs)
-
-
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(
