@@ -178,15 +178,19 @@ def test_auto_takes_tiles_where_there_are_many_weights(monkeypatch, rng):
     assert len(taken) == 1
 
 
-def test_float64_of_any_input(backend, rng):
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_float64_of_any_input(normalizer, backend, rng):
     if backend == "jax":
         pytest.skip("JAX has float64 only where it is enabled")
     q, k, v = inputs(rng)
     exact = [keras.ops.convert_to_tensor(x, "float64") for x in (q, k, v)]
-    expected = oracle.attention(q, k, v, "ssmax", causal=True)
+    case = {"causal": True, "key_mask": np.arange(41) >= np.array([[3], [41]])}  # some see no key
+    expected = oracle.attention(q, k, v, normalizer, **case)
     for mixed in ([exact[0], k, v], [q, exact[1], v], [q, k, exact[2]]):
-        actual = ops.attention(*mixed, "ssmax", causal=True, implementation="tiled")
+        actual = ops.attention(*mixed, normalizer, implementation="tiled", **case)
         assert relative_error(to_numpy(actual), expected) < 2e-6
+    actual = ops.attention(*exact, normalizer, implementation="tiled", **case)
+    assert relative_error(to_numpy(actual), expected) < 1e-12
 
 
 def test_symbolic(rng):
@@ -194,18 +198,47 @@ def test_symbolic(rng):
     assert ops.attention(x, x, x, implementation="tiled").shape == (None, 1024, 2, 4)
 
 
-def test_second_derivative_is_refused(backend, rng):
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_second_derivative_is_right_or_refused(normalizer, power, backend, rng):
     arrays = inputs(rng)
 
-    def penalty(query):
-        [gradient] = derivative(
-            lambda q: keras.ops.sum(ops.attention(q, *arrays[1:], implementation="tiled") ** 2),
-            query,
-        )
-        return keras.ops.sum(gradient**2)
+    def second(implementation):
+        def penalty(query):
+            def total(q):
+                y = ops.attention(q, *arrays[1:], normalizer, implementation=implementation)
+                return keras.ops.sum(y**power)
 
-    with pytest.raises(NotImplementedError, match="has no second derivative"):
-        derivative(penalty, arrays[0])
+            [gradient] = derivative(total, query)
+            return keras.ops.sum(gradient**2)
+
+        return to_numpy(derivative(penalty, arrays[0])[0])
+
+    if backend == "jax":
+        assert relative_error(second("tiled"), second("dense")) < 1e-5
+    else:
+        with pytest.raises(NotImplementedError, match="has no second derivative"):
+            second("tiled")
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_gradient_may_be_a_constant_of_another(normalizer, rng):
+    """A step of the inner problem, not differentiated: first-order meta-learning."""
+    arrays = inputs(rng)
+
+    def gradient_of(implementation):
+        def total(q):
+            y = ops.attention(q, *arrays[1:], normalizer, implementation=implementation)
+            return keras.ops.sum(y**2)
+
+        def outer(query):
+            [gradient] = derivative(total, query)
+            return total(query - 0.1 * keras.ops.stop_gradient(gradient))
+
+        return to_numpy(derivative(outer, arrays[0])[0])
+
+    assert relative_error(gradient_of("tiled"), gradient_of("dense")) < 1e-4
 
 
 def derivative(function, x):

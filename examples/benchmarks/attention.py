@@ -244,7 +244,7 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, and returns the table as a dictionary."""
     rows: list[dict[str, Any]] = []
-    for length in args.lengths:
+    for length in sorted(args.lengths):
         if args.alone:
             names = [name for name in names_at(length) if name.endswith("tiled")]
             rows += [
@@ -276,7 +276,9 @@ def print_table(result: dict[str, Any]) -> None:
         if "seconds" in row:
             cells += f"{row['seconds']:9.3f} s   x {row['seconds_ratio']:6.3f}"
         if "gibibytes" in row:
-            cells += f"{row['gibibytes']:9.3f} GiB x {row.get('gibibytes_ratio', 1.0):6.3f}"
+            cells += f"{row['gibibytes']:9.3f} GiB"
+        if "gibibytes_ratio" in row:
+            cells += f" x {row['gibibytes_ratio']:6.3f}"
         print(cells)
     for name, exponent in result["growth_exponent"].items():
         print(f"{name:36} time ~ T^{exponent:.2f}")

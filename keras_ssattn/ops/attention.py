@@ -69,8 +69,8 @@ def attention(
         epsilon: of `rectified_softpick`; the others do not use it.
         implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
             `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
-            the backward pass; it skips tiles that `causal` and `window` hide. It has no second
-            derivative: to take one raises. `"fused"` calls `keras.ops.dot_product_attention`, for
+            the backward pass; it skips tiles that `causal` and `window` hide. It has a second
+            derivative on JAX only. `"fused"` calls `keras.ops.dot_product_attention`, for
             softmax and ssmax on PyTorch, where that is a fused kernel; elsewhere, and with masks
             on Keras before 3.14, it raises. `"auto"` takes `"fused"` where it is available and
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
@@ -83,7 +83,8 @@ def attention(
     Raises:
         TypeError: for inputs that are not floating-point, or a float mask.
         ValueError: for any other argument that does not fit.
-        NotImplementedError: where the gradient of tiled attention is differentiated.
+        NotImplementedError: where the gradient of tiled attention is differentiated, except on
+            JAX.
 
     Example:
 

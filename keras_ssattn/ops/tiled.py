@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_ssattn.ops import kernels, tiled_passes, tiles
@@ -25,7 +26,7 @@ def attention(
     """`keras_ssattn.ops.attention` without a `T x S` tensor, forward or backward.
 
     Of the forward pass only the output and two numbers per row are kept. The backward pass is
-    written by hand; to differentiate it again raises.
+    written by hand; to differentiate it again raises, except on JAX.
     """
     kernel = kernels.get(normalizer, epsilon)
     groups = query.shape[2] // key.shape[2]
@@ -94,6 +95,8 @@ def _with_gradient(
 
         def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             upstream = args[0] if upstream is None else upstream
+            if tiles.runs_eagerly():  # what follows is never differentiated: keep nothing for it
+                upstream = ops.stop_gradient(upstream)
             upstream = tiles.split(upstream, query_size, groups)
             dq, dk, dv = tiled_passes.backward(kept, upstream, kernel, band)
             return (
@@ -109,17 +112,20 @@ def _with_gradient(
 
 
 def _final(gradient: Any, x: Any) -> Any:
-    """The gradient of x, marked as one that cannot be differentiated again.
+    """The gradient of x, marked as one that cannot be differentiated again, except on JAX.
 
-    What the forward pass kept is constant in it, so a second derivative would be wrong.
+    JAX differentiates through both passes. TensorFlow cannot, and on PyTorch what the forward pass
+    kept is a constant, so that a second derivative would be wrong.
     """
+    if keras.backend.backend() == "jax":
+        return gradient
 
     @ops.custom_gradient
     def mark(gradient: Any, _: Any) -> tuple[Any, Any]:
         def refuse(*args: Any, upstream: Any = None) -> Any:
             raise NotImplementedError(
-                'implementation="tiled" of attention has no second derivative; '
-                'implementation="dense" has.'
+                'implementation="tiled" of attention has no second derivative on the '
+                f'{keras.backend.backend()} backend; implementation="dense" has.'
             )
 
         return gradient + 0.0, refuse

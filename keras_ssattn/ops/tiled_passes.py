@@ -38,7 +38,8 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
                 m, total, out = carry
                 x = _logits(q, keys[j], kernel, band, i, j, cut)
                 if not kernel.linear:
-                    higher = ops.maximum(m, kernel.peak(x))
+                    peak = kernel.peak(x)
+                    higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
                     shrink = ops.exp(m - higher)
                     m = higher
                     total *= shrink
