@@ -298,6 +298,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.lengths, args.heads, args.size, args.repeats = [400, 800], 2, 8, 1
+        args.lengths = args.lengths[args.alone :]
     if args.memory_of:
         print_peak_memory(args)
         return
