@@ -1,5 +1,7 @@
 """Training, precision, seeds and cloning, through Keras's own API."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -118,14 +120,22 @@ def eager():
     return weights, run_life_cycle(model, run_eagerly=True)
 
 
-TORCH_COMPILE = pytest.mark.skipif(
-    keras.backend.backend() == "torch",
-    reason="torch.compile takes minutes over Keras's own train step, whatever the layers",
-)
+@pytest.fixture
+def graphs_only(monkeypatch, jit_compile):
+    """On PyTorch, `jit_compile=True` traces graphs and guards them, but generates no code for them.
+
+    That takes many minutes, for Keras's own train step alone, and needs a C++ compiler.
+    """
+    if keras.backend.backend() == "torch" and jit_compile is True:
+        if keras.version().startswith("3.9."):
+            pytest.skip("torch.compile fails in the losses of Keras 3.9")
+        import torch
+
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
-@pytest.mark.parametrize("jit_compile", ["auto", pytest.param(True, marks=TORCH_COMPILE)])
-def test_fit_evaluate_predict_agree_with_an_eager_run(jit_compile, eager):
+@pytest.mark.parametrize("jit_compile", ["auto", True])
+def test_fit_evaluate_predict_agree_with_an_eager_run(jit_compile, eager, graphs_only):
     weights, (eager_loss, eager_evaluation, eager_prediction) = eager
     model = regressor()
     model.set_weights(weights)
