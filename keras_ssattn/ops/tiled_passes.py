@@ -75,7 +75,7 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
     shapes = (out_shape, row_shape, row_shape)
     stores = tuple(tiles.empty(shape[0], x, dtype) for x in shapes)
     stores = ops.fori_loop(0, shape[0], over_queries, stores)
-    return tuple(tiles.stack(s, s) for s in stores)
+    return tuple(tiles.stack(s, x, dtype) for s, x in zip(stores, shapes, strict=True))
 
 
 def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> tuple[Any, ...]:
@@ -94,6 +94,7 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
         q, m = widen(queries[i]), maxima[i]
         dn = upstreams[i] / sums[i]
         delta = _row_sum(dn * outs[i])
+        q_transposed, dn_transposed = _transpose(q), _transpose(dn)
 
         def tile_of_keys(cut: bool) -> Any:
             def add(j: Any, carry: Any) -> Any:
@@ -103,20 +104,20 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
                 f, dx = kernel.gradient(x, m, weighted, delta)
                 if cut and kernel.linear:
                     dx = dx * ops.cast(band.visible(i, j), dtype)
-                dks = tiles.add(dks, j, _transpose(dx) @ q)
-                dvs = tiles.add(dvs, j, _transpose(f) @ dn)
+                dks = tiles.add(dks, j, q_transposed @ dx)
+                dvs = tiles.add(dvs, j, dn_transposed @ f)
                 dq += dx @ widen(keys[j])
                 return dq, dks, dvs
 
             return add
 
-        scaled, outer = -delta * q, _transpose(q) @ dn if kernel.linear else None
+        scaled, outer = _transpose(-delta * q), q_transposed @ dn if kernel.linear else None
 
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             # dx = dn . v - sign(x) delta, and only its second half needs x
             signed, state, dks, states = carry
             sign = ops.sign(_logits(q, keys[j], kernel, band, i, j, cut=False))
-            dks = tiles.add(dks, j, _transpose(sign) @ scaled)
+            dks = tiles.add(dks, j, scaled @ sign)
             states = tiles.add(states, j, outer)
             signed += sign @ widen(keys[j])
             state += products[j]
@@ -132,16 +133,21 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
                 dq, dks, dvs = ops.fori_loop(start, stop, tile_of_keys(cut), (dq, dks, dvs))
         return tiles.write(dqs, i, dq), dks, dvs, states
 
-    stores = (
-        tiles.empty(shape[0], shape[1:], dtype),
-        tiles.empty(key_shape[0], key_shape[1:], dtype),
-        tiles.empty(key_shape[0], (*key_shape[1:-1], value.shape[-1]), dtype),
-        tiles.empty(key_shape[0] if kernel.linear else 0, state_shape, dtype),
+    # sums over queries are kept transposed: a product with the transpose of a tile is a slow one
+    count, *heads, keys_in_tile, width = key_shape
+    shapes = (
+        shape[1:],
+        (*heads, width, keys_in_tile),
+        (*heads, value.shape[-1], keys_in_tile),
+        state_shape,
     )
-    dqs, dks, dvs, states = ops.fori_loop(0, shape[0], over_queries, stores)
-    dq, dk, dv = tiles.stack(dqs, queries), tiles.stack(dks, keys), tiles.stack(dvs, values)
+    counts = (shape[0], count, count, count if kernel.linear else 0)
+    empty = tuple(tiles.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
+    *stores, states = ops.fori_loop(0, shape[0], over_queries, empty)
+    dq, dk, dv = (tiles.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
+    dk, dv = _transpose(dk), _transpose(dv)
     if kernel.linear:
-        states = tiles.stack(states, [ops.zeros(state_shape, dtype)])
+        states = tiles.stack(states, state_shape, dtype)
         dk = dk + widen(value) @ _transpose(states)
         dv = dv + widen(key) @ states
     gradients = zip((dq, dk, dv), (query, key, value), strict=True)

@@ -74,8 +74,8 @@ def add(tiles: Any, index: Any, x: Any) -> Any:
     return write(tiles, index, tiles[index] + x)
 
 
-def stack(tiles: Any, like: Any) -> Any:
-    """The tiles as one tensor; those never written are zeros, of the shape of one of `like`."""
+def stack(tiles: Any, shape: tuple, dtype: Any) -> Any:
+    """The tiles as one tensor; those never written are zeros of `shape`."""
     if runs_eagerly():
-        return ops.stack([ops.zeros_like(like[0]) if x is None else x for x in tiles])
+        return ops.stack([ops.zeros(shape, dtype) if x is None else x for x in tiles])
     return tiles

@@ -173,10 +173,10 @@ def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> An
         n = ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=True)
         return tiles.write(counts, i, n)
 
-    ids = stacks[0]
-    counts = tiles.empty(ops.shape(ids)[0], ops.shape(ids)[1:], "int32")
-    counts = ops.fori_loop(0, ops.shape(ids)[0], count, counts)
-    counts = tiles.merge(tiles.stack(counts, counts), length)  # [B, T, 1, 1]
+    tile_count, *tile = ops.shape(stacks[0])
+    counts = tiles.empty(tile_count, tile, "int32")
+    counts = ops.fori_loop(0, tile_count, count, counts)
+    counts = tiles.merge(tiles.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
     return ops.reshape(counts, (-1, 1, length))
 
 
