@@ -9,6 +9,7 @@ import pytest
 from helpers import FORMATS, predict
 from scripts.cases import (
     FEATURES,
+    NORMALIZERS,
     TIME,
     attention_model,
     randomize,
@@ -49,6 +50,30 @@ def test_weights_with_s_or_b_too_many_or_too_few_do_not_load(
     path = save(attention_model(saved), tmp_path / f"model{ending}")
     with pytest.raises(ValueError, match=message):
         attention_model(loaded).load_weights(path)
+
+
+class Around(keras.Model):
+    """A user's subclassed model, of which Keras tries the layers under several names."""
+
+    def __init__(self, normalizer):
+        super().__init__()
+        self.blocks = [TransformerBlock(2, normalizer=NORMALIZERS[normalizer]())]
+
+    def call(self, inputs):
+        return self.blocks[0](inputs)
+
+
+@pytest.mark.parametrize(("saved", "loaded", "message"), UNFIT)
+def test_subclassed_model_refuses_s_or_b_too_many_or_too_few(saved, loaded, message, tmp_path):
+    models, x = {}, sequences(2)
+    for name in (saved, loaded):
+        models[name] = Around(name)
+        models[name](x)
+        save(models[name], tmp_path / f"{name}.weights.h5")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            models[loaded].load_weights(tmp_path / f"{saved}.weights.h5")
+        models[loaded].load_weights(tmp_path / f"{loaded}.weights.h5")
 
 
 @pytest.mark.parametrize(("saved", "loaded", "message"), UNFIT)

@@ -2,6 +2,7 @@
 
 import numbers
 import re
+import weakref
 from typing import Any
 
 import keras
@@ -39,13 +40,32 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
 
 
-def no_weights(name: str, dtype: Any) -> Any:
-    """A layer that stands where an optional layer is left out, and does nothing.
+class StrictLoading(keras.layers.Layer):
+    """A layer that, once a file has weights that are not its own, refuses that file for good.
+
+    In a subclassed model Keras looks for a layer under more than one name, and forgets a refusal
+    where it then finds nothing and the layer expects nothing.
+    """
+
+    _refused: Any = None  # a weak reference to the file, and the error
+
+    def load_own_variables(self, store: Any) -> None:
+        file = getattr(store, "h5_file", None)
+        if file is not None and self._refused is not None and self._refused[0]() is file:
+            raise ValueError(self._refused[1])
+        try:
+            super().load_own_variables(store)
+        except ValueError as error:
+            self._refused = None if file is None else (weakref.ref(file), str(error))
+            raise
+
+
+class NoWeights(StrictLoading, keras.layers.Identity):
+    """Stands where an optional layer is left out, and does nothing.
 
     Keras passes over the weights of a file that belong to no layer of the model. With this
     layer in the place, which expects none, such a file is refused.
     """
-    return keras.layers.Identity(dtype=dtype, name=name)
 
 
 def freeze_sublayers(layer: Any) -> None:

@@ -1,5 +1,6 @@
 """Multi-head attention with a choice of normalizer."""
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -7,11 +8,11 @@ from keras import ops
 
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
+    NoWeights,
     check_groups,
     check_positive,
     check_rate,
     freeze_sublayers,
-    no_weights,
     serialize_options,
     serialize_policy,
 )
@@ -85,10 +86,9 @@ class MultiHeadAttention(keras.layers.Layer):
     that each query then sees.
 
     Returns:
-        `[B, T, E]` or `[B, T, *output_shape]`; with `return_attention_scores=True` a pair of it
-        and the weights, `[B, H, T, S]`, after dropout is decided but before it applies. The
-        mask attached to the query is attached to the output. With a `cache`, a tuple that ends
-        with the new one.
+        `[B, T, E]` or `[B, T, *output_shape]`, with the query's mask; with
+        `return_attention_scores=True` a pair of it and the weights, `[B, H, T, S]`, to which
+        dropout is not applied. With a `cache`, a tuple that ends with the new one.
 
     Raises:
         ValueError: for sizes, rates, windows and shapes that do not fit.
@@ -147,7 +147,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.use_bias = use_bias
         self._output_shape = check_output_shape(output_shape)
         self.sliding_window = sliding_window
-        self.rotary = get_rotary(rotary, self.dtype_policy)
+        self.rotary: Any = get_rotary(rotary, self.dtype_policy)
         self.qk_norm = qk_norm
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -194,8 +194,9 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _head_norm(self, name: str, num_heads: int) -> Any:
         if not self.qk_norm:
-            return no_weights(name, self.dtype_policy)
+            return NoWeights(name=name, dtype=self.dtype_policy)
         norm = keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
+        norm.supports_masking = True
         norm.build((None, None, num_heads, self.key_dim))
         return norm
 
@@ -224,8 +225,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
             raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
         batch, length = query.shape[:2]
-        key_length = (value if cache is None else cache[0]).shape[1]
-        sizes = (batch, self.num_heads, length, key_length)
+        sizes = (batch, self.num_heads, length, (value if cache is None else cache[0]).shape[1])
         query_mask = padding_mask("query_mask", query_mask, (batch, length), "[B, T]")
         visibility = {
             "mask": attention_mask_by_head(attention_mask, sizes),
@@ -236,10 +236,9 @@ class MultiHeadAttention(keras.layers.Layer):
             "segment_ids": segment_ids,
         }
         key = self.key_dense(value if key is None else key)  # [B, S, K, D]
-        query, value = self.query_dense(query), self.value_dense(value)
-        query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary is not None:
-            query, key = (self.rotary(x, offset=cache_index) for x in (query, key))
+        query, value = self.query_norm(self.query_dense(query)), self.value_dense(value)
+        rotate = (lambda x: x) if self.rotary is None else partial(self.rotary, offset=cache_index)
+        key = rotate(self.key_norm(key))
         if cache is not None:
             cache = update_cache(cache, cache_index, key, value, visibility["key_mask"])
             key, value, visibility["key_mask"] = cache
@@ -251,6 +250,7 @@ class MultiHeadAttention(keras.layers.Layer):
                 query = ops.cast(widen(query) * factor, dtype_of(query))
             else:
                 options["length_scale"] = self.normalizer.length_scale(n)
+        query = rotate(query)  # after a length scale that looks at the query
         weights = None
         if return_attention_scores or self.dropout > 0:
             weights = attention_weights(query, key, **visibility, **options)
@@ -263,8 +263,8 @@ class MultiHeadAttention(keras.layers.Layer):
             if query_mask is not None:
                 seen = ops.expand_dims(query_mask, (2, 3))  # [B, T, 1, 1]
                 output = ops.where(seen, output, ops.zeros_like(output))
-        results = [self.output_dense(output), *([weights] if return_attention_scores else [])]
-        results += [cache] if cache is not None else []
+        extra = (weights if return_attention_scores else None, cache)
+        results = [self.output_dense(output), *(x for x in extra if x is not None)]
         return results[0] if len(results) == 1 else tuple(results)
 
     def make_cache(self, batch_size: int, length: int) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 
 from keras_ssattn.layers._config import (
+    NoWeights,
     check_positive,
     freeze_sublayers,
-    no_weights,
     serialize_policy,
 )
 
@@ -76,7 +76,7 @@ class FeedForward(keras.layers.Layer):
         if self.gated:
             self.gate = dense("gate", self.inner_size, input_shape, self.activation)
         else:
-            self.gate = no_weights("gate", self.dtype_policy)
+            self.gate = NoWeights(name="gate", dtype=self.dtype_policy)
         activation = None if self.gated else self.activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)

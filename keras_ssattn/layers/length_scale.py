@@ -7,12 +7,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn.layers._config import check_positive
+from keras_ssattn.layers._config import StrictLoading, check_positive
 from keras_ssattn.ops import log_length_scale
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class LengthScale(keras.layers.Layer):
+class LengthScale(StrictLoading):
     """No length scale: the logits are left as they are, whatever the number of keys.
 
     The base class of length scales. A subclass sets `uses_count = True` and returns from

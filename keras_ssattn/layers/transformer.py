@@ -7,12 +7,12 @@ import keras
 
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
+    NoWeights,
     check_choice,
     check_groups,
     check_positive,
     check_rate,
     freeze_sublayers,
-    no_weights,
     serialize_options,
     serialize_policy,
 )
@@ -156,7 +156,7 @@ class TransformerBlock(keras.layers.Layer):
             self.context_attention_norm = self._norm("context_attention_norm", inputs_shape)
             self.context_attention_dropout = self._dropout("context_attention_dropout")
         else:
-            self.context_attention_norm = no_weights("context_attention_norm", self.dtype_policy)
+            self.context_attention_norm = NoWeights(name="context_attention_norm")
         self.feed_forward = FeedForward(
             self._inner_size(size),
             gated=self.ffn_type == "gated",

@@ -1,0 +1,265 @@
+"""A decoder-only language model."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
+from keras_ssattn.layers._config import (
+    check_groups,
+    check_positive,
+    check_rate,
+    freeze_sublayers,
+    serialize_options,
+    serialize_policy,
+)
+from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.models.generation import generate
+from keras_ssattn.models.token_head import TokenHead
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class CausalLM(keras.Model):
+    """A causal language model: token ids to logits of the next token, and to text.
+
+    A token embedding, `num_layers` pre-norm `TransformerBlock`s with RMS normalization and a
+    gated feed-forward network, a final normalization and a head. Train it with Keras's own
+    `compile` and `fit`, targets shifted by one; with `padding_id`, padding takes no part in
+    attention, in n, or, as Keras does for any mask, in the loss.
+
+    Args:
+        vocabulary_size: V, number of tokens.
+        hidden_size: E, a multiple of `num_heads`.
+        num_layers: number of blocks.
+        num_heads: number of query heads.
+        num_kv_heads: as in `MultiHeadAttention`.
+        normalizer: as in `MultiHeadAttention`.
+        rotary: `"default"`, a `RotaryEmbedding` layer (`RotaryEmbedding(fraction=0.5)` rotates
+            half of the features), its config, or `None` for no positions.
+        sliding_window, qk_norm: as in `MultiHeadAttention`.
+        ffn_type, ffn_expansion, norm, use_bias, dropout: as in `TransformerBlock`.
+        tie_embeddings: whether the head is the transposed token embedding.
+        padding_id: the token that is padding, `None` for none.
+        remat: whether training computes each block's activations again in the backward pass,
+            by `keras.remat`, rather than keep them. Without dropout only: it would be redrawn.
+        **kwargs: of `keras.Model`.
+
+    Call arguments:
+        tokens: integers `[B, T]`.
+        mask: boolean `[B, T]`, False at padding. Defaults to `tokens != padding_id`.
+        segment_ids: integers `[B, T]` of texts packed into one row, as in `MultiHeadAttention`.
+        training: whether dropout applies.
+
+    Returns:
+        Logits `[B, T, V]`, float32 (float64 where the model is).
+
+    Raises:
+        ValueError: for sizes, rates and choices that do not fit.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.models import CausalLM
+    >>> model = CausalLM(vocabulary_size=50, hidden_size=16, num_layers=1, num_heads=2)
+    >>> model(np.array([[1, 2, 3]])).shape
+    (1, 3, 50)
+    >>> [len(x) for x in model.generate([[1, 2, 3], [4]], max_new_tokens=5)]
+    [5, 5]
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        hidden_size: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        normalizer: Any = "ssmax",
+        *,
+        rotary: Any = "default",
+        sliding_window: int | None = None,
+        qk_norm: bool = False,
+        ffn_type: str = "gated",
+        ffn_expansion: float | None = None,
+        norm: str = "rms_norm",
+        use_bias: bool = False,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        padding_id: int | None = None,
+        remat: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_positive("vocabulary_size", vocabulary_size)
+        check_positive("hidden_size", hidden_size)
+        check_positive("num_layers", num_layers)
+        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
+        check_rate("dropout", dropout)
+        if hidden_size % num_heads:
+            raise ValueError(
+                "`hidden_size` must be a multiple of `num_heads`. Received: "
+                f"hidden_size={hidden_size}, num_heads={num_heads}"
+            )
+        if padding_id is not None and (
+            isinstance(padding_id, bool)
+            or not isinstance(padding_id, int)
+            or not 0 <= padding_id < vocabulary_size
+        ):
+            raise ValueError(
+                "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
+                f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
+            )
+        if remat and dropout > 0:
+            raise ValueError(
+                "`remat` would draw dropout anew in the backward pass. Received: "
+                f"remat={remat}, dropout={dropout}"
+            )
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.vocabulary_size = vocabulary_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        normalizer = normalizers.get_for_attention(normalizer)
+        self._normalizer = lambda: normalizer  # a specification, no layer of this model
+        rotary = get_rotary(RotaryEmbedding() if rotary == "default" else rotary)
+        self._rotary = lambda: rotary
+        self.sliding_window = sliding_window
+        self.qk_norm = qk_norm
+        self.ffn_type = ffn_type
+        self.ffn_expansion = ffn_expansion
+        self.norm = norm
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.tie_embeddings = tie_embeddings
+        self.padding_id = padding_id
+        self.remat = remat
+        self.compiled_generators: dict[Any, Any] = {}
+        self.build((None, None))
+
+    def build(self, tokens_shape: Any) -> None:
+        if hasattr(self, "blocks"):  # the constructor has built it
+            return
+        options = {"dtype": self.dtype_policy}
+        self.token_embedding = keras.layers.Embedding(
+            self.vocabulary_size, self.hidden_size, name="token_embedding", **options
+        )
+        self.token_embedding.build((None, None))
+        self.blocks = []
+        for i in range(1, self.num_layers + 1):
+            block = TransformerBlock(
+                self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                normalizer=self._normalizer(),
+                causal=True,
+                sliding_window=self.sliding_window,
+                rotary=self._rotary(),
+                qk_norm=self.qk_norm,
+                ffn_type=self.ffn_type,
+                ffn_expansion=self.ffn_expansion,
+                norm=self.norm,
+                dropout=self.dropout,
+                use_bias=self.use_bias,
+                name=f"block_{i}",
+                **options,
+            )
+            block.build((None, None, self.hidden_size))
+            self.blocks.append(block)
+        self.head = TokenHead(
+            self.vocabulary_size, self.norm, self.tie_embeddings, name="head", **options
+        )
+        self.head.build((None, None, self.hidden_size))
+        freeze_sublayers(self)
+
+    def call(
+        self, tokens: Any, mask: Any = None, segment_ids: Any = None, training: bool | None = None
+    ) -> Any:
+        mask = self.compute_mask(tokens, mask)
+        x = self.token_embedding(tokens)
+        for block in self.blocks:
+
+            def apply(x: Any, block: Any = block) -> Any:
+                return block(x, mask=mask, segment_ids=segment_ids, training=training)
+
+            x = keras.remat(apply)(x) if self.remat and training else apply(x)
+        return self._logits(x)
+
+    def _logits(self, x: Any) -> Any:
+        return self.head(x, self._embeddings()) if self.tie_embeddings else self.head(x)
+
+    def _embeddings(self) -> Any:
+        """The embedding of every token, `[V, E]`."""
+        if self.token_embedding.quantization_mode is None:
+            return self.token_embedding.embeddings
+        return self.token_embedding(ops.arange(self.vocabulary_size))
+
+    def compute_mask(self, tokens: Any, previous_mask: Any = None) -> Any:
+        if previous_mask is not None or self.padding_id is None:
+            return previous_mask
+        return ops.not_equal(tokens, self.padding_id)
+
+    def make_cache(self, batch_size: int, length: int) -> tuple:
+        """An empty `Cache` for each block, of `length` positions."""
+        return tuple(block.make_cache(batch_size, length) for block in self.blocks)
+
+    def next_logits(
+        self, tokens: Any, cache: tuple, cache_index: Any = 0, mask: Any = None
+    ) -> tuple[Any, tuple]:
+        """Logits `[B, V]` after the last of T tokens, and the new cache.
+
+        Args:
+            tokens: integers `[B, T]`, that follow those in the cache.
+            cache: of `make_cache`, or returned by the last step.
+            cache_index: position of the first of them, as in `MultiHeadAttention`.
+            mask: boolean `[B, T]`, False at padding, besides that of `padding_id`.
+        """
+        if self.padding_id is not None:
+            seen = ops.not_equal(tokens, self.padding_id)
+            mask = seen if mask is None else ops.logical_and(mask, seen)
+        x = self.token_embedding(tokens)
+        caches = []
+        for block, old in zip(self.blocks, cache, strict=True):
+            x, new = block(x, mask=mask, cache=old, cache_index=cache_index, training=False)
+            caches.append(new)
+        return self._logits(x[:, -1:])[:, 0], tuple(caches)
+
+    def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> list[Any]:
+        """New tokens for each prompt; see `keras_ssattn.models.generate`.
+
+        Args:
+            prompts: token ids: a list of lists of any lengths, or integers `[B, T]`.
+            max_new_tokens: the most tokens to generate for each.
+            **options: `temperature`, `top_k`, `top_p`, `stop_tokens` and `seed`.
+
+        Returns:
+            A list of int32 arrays, one for each prompt.
+        """
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def projections(self) -> list[Any]:
+        """The layers on which `quantize` and `enable_lora` work."""
+        inner = [projection for block in self.blocks for projection in block.projections()]
+        return [self.token_embedding, *inner, *self.head.projections()]
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "vocabulary_size": self.vocabulary_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "normalizer": serialize_options(self._normalizer()),
+            "rotary": self._rotary() and serialize_options(self._rotary()),
+            "sliding_window": self.sliding_window,
+            "qk_norm": self.qk_norm,
+            "ffn_type": self.ffn_type,
+            "ffn_expansion": self.ffn_expansion,
+            "norm": self.norm,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "tie_embeddings": self.tie_embeddings,
+            "padding_id": self.padding_id,
+            "remat": self.remat,
+        }
+        return {**super().get_config(), **serialize_policy(self), **config}

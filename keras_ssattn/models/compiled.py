@@ -1,0 +1,34 @@
+"""A function that calls layers, compiled by the backend; the one file that knows frameworks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+
+def compile_function(function: Callable, variables: list[Any]) -> Callable:
+    """Compiles a function of tensors that reads `variables` and changes nothing.
+
+    By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
+    TensorFlow. PyTorch runs it eagerly, without gradients.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def stateless(values: list[Any], *args: Any) -> Any:
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*args)
+
+        compiled = jax.jit(stateless)
+        return lambda *args: compiled([v.value for v in variables], *args)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if backend == "torch":
+        import torch
+
+        return torch.no_grad()(function)
+    return function

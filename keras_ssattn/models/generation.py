@@ -1,0 +1,197 @@
+"""Text from a causal language model: prefill, then a compiled loop of one token at a time."""
+
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ssattn.layers._config import check_positive
+from keras_ssattn.models.compiled import compile_function
+
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
+
+
+def generate(
+    model: Any,
+    prompts: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Iterable[int] = (),
+    seed: int | None = None,
+) -> list[np.ndarray]:
+    """New tokens for each prompt, from a model with `make_cache` and `next_logits`.
+
+    The prompts are padded on the left to one length and read in one pass; then every step reads
+    one token of each row, with a cache, in one compiled loop.
+
+    Args:
+        model: a `CausalLM`.
+        prompts: token ids: a list of lists of any lengths above 0, or integers `[B, T]`.
+        max_new_tokens: the most tokens to generate for each.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from
+            `softmax(logits / temperature)`.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the fewest likeliest tokens whose probabilities sum to `top_p` or more.
+            With `top_k`, of those k, with probabilities among them.
+        stop_tokens: tokens that end a row.
+        seed: integer, of the draws. The draws are NumPy's: on every backend the same.
+
+    Returns:
+        A list of int32 arrays, one for each prompt: its new tokens, up to and with the first
+        stop token.
+
+    Raises:
+        TypeError: for prompts that are not integers.
+        ValueError: for empty prompts, tokens outside the vocabulary, or options that do not fit.
+
+    Example:
+
+    >>> from keras_ssattn.models import CausalLM, generate
+    >>> model = CausalLM(vocabulary_size=50, hidden_size=16, num_layers=1, num_heads=2)
+    >>> tokens = generate(model, [[1, 2, 3], [4]], 5, temperature=0.8, top_p=0.9, seed=0)
+    >>> [x.shape for x in tokens]
+    [(5,), (5,)]
+
+    References: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p).
+    """
+    check_positive("max_new_tokens", max_new_tokens)
+    _check_sampling(temperature, top_k, top_p, model.vocabulary_size)
+    rows = _check_tokens("prompts", prompts, model.vocabulary_size)
+    stops = tuple(np.unique(_check_tokens("stop_tokens", [stop_tokens], model.vocabulary_size)[0]))
+    length = -(-max(len(row) for row in rows) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.zeros((len(rows), length), "int32")
+    mask = np.zeros((len(rows), length), "bool")
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = True
+    draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
+    options = (temperature, top_k, top_p, tuple(int(x) for x in stops))
+    if options not in model.compiled_generators:
+        decode = _make_decoder(model, *options)
+        model.compiled_generators[options] = compile_function(decode, model.variables)
+    inputs = (ops.convert_to_tensor(x) for x in (tokens, mask, draws))
+    new = ops.convert_to_numpy(model.compiled_generators[options](*inputs))
+    return [_until(row, stops) for row in new]
+
+
+def _make_decoder(
+    model: Any, temperature: float, top_k: int | None, top_p: float | None, stops: tuple[int, ...]
+) -> Any:
+    """The function of tokens `[B, T]`, mask and draws `[N, B]` that gives N new tokens `[B, N]`."""
+
+    def ends(token: Any) -> Any:
+        found = ops.zeros_like(token, dtype="bool")
+        for stop in stops:
+            found = ops.logical_or(found, token == stop)
+        return found
+
+    def decode(tokens: Any, mask: Any, draws: Any) -> Any:
+        batch, length = tokens.shape
+        count = draws.shape[0]
+
+        def choose(logits: Any, i: Any) -> Any:
+            return sample(logits, draws[i], temperature, top_k, top_p)
+
+        def unfinished(i: Any, _token: Any, done: Any, *_: Any) -> Any:
+            return ops.logical_and(i < count, ops.logical_not(ops.all(done)))
+
+        def step(i: Any, token: Any, done: Any, new: Any, cache: Any) -> tuple:
+            token = ops.expand_dims(token, 1)
+            logits, cache = model.next_logits(token, cache, length + i - 1)
+            token = choose(logits, i)
+            new = ops.slice_update(new, (0, i), ops.expand_dims(token, 1))
+            return i + 1, token, ops.logical_or(done, ends(token)), new, cache
+
+        cache = model.make_cache(batch, length + count)
+        logits, cache = model.next_logits(tokens, cache, 0, mask)
+        token = choose(logits, 0)
+        new = ops.zeros((batch, count), "int32")
+        new = ops.slice_update(new, (0, 0), ops.expand_dims(token, 1))
+        start = ops.convert_to_tensor(1, "int32")
+        return ops.while_loop(unfinished, step, (start, token, ends(token), new, cache))[3]
+
+    return decode
+
+
+def sample(
+    logits: Any, draw: Any, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Any:
+    """Token ids `[B]`, int32, from logits `[B, V]` and draws `[B]` uniform in [0, 1)."""
+    if temperature == 0:
+        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    logits, tokens = logits / temperature, None
+    if top_k is not None or top_p is not None:
+        logits, tokens = ops.top_k(logits, top_k or logits.shape[-1])  # in descending order
+    weights = ops.softmax(logits)
+    total = ops.cumsum(weights, axis=-1)
+    if top_p is not None:
+        weights = ops.where(total - weights < top_p, weights, 0.0)
+        total = ops.cumsum(weights, axis=-1)
+    # the first whose sum passes the draw; none does where the draw rounds up to the whole
+    passed = total <= ops.expand_dims(draw, -1) * total[:, -1:]
+    index = ops.sum(ops.cast(passed, "int32"), axis=-1)
+    index = ops.minimum(index, ops.cast(ops.argmax(total, axis=-1), "int32"))
+    if tokens is None:
+        return index
+    return ops.cast(ops.take_along_axis(tokens, ops.expand_dims(index, -1), axis=-1)[:, 0], "int32")
+
+
+def _check_sampling(temperature: Any, top_k: Any, top_p: Any, vocabulary_size: int) -> None:
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, numbers.Real)
+        or not 0 <= float(temperature) < float("inf")
+    ):
+        raise ValueError(
+            f"`temperature` must be a number, 0 or more. Received: temperature={temperature!r}"
+        )
+    check_positive("top_k", top_k, optional=True)
+    if top_k is not None and top_k > vocabulary_size:
+        raise ValueError(
+            "`top_k` must not be more than the number of tokens. Received: "
+            f"top_k={top_k}, vocabulary_size={vocabulary_size}"
+        )
+    if top_p is not None and (
+        isinstance(top_p, bool) or not isinstance(top_p, numbers.Real) or not 0 < float(top_p) <= 1
+    ):
+        raise ValueError(f"`top_p` must be a number in (0, 1]. Received: top_p={top_p!r}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError(
+            "`top_k` and `top_p` go with a `temperature` above 0. Received: temperature=0, "
+            f"top_k={top_k}, top_p={top_p}"
+        )
+
+
+def _check_tokens(name: str, rows: Any, vocabulary_size: int) -> list[np.ndarray]:
+    """The rows as arrays of token ids; of `stop_tokens`, a row may be empty."""
+    if keras.ops.is_tensor(rows):
+        rows = ops.convert_to_numpy(rows)
+    rows = [np.asarray(list(row) if isinstance(row, (set, frozenset)) else row) for row in rows]
+    if not rows:
+        raise ValueError(f"`{name}` must have one prompt or more. Received: none")
+    for row in rows:
+        if row.ndim != 1 or (name == "prompts" and not row.size):
+            raise ValueError(
+                f"`{name}` must be token ids, one or more in a row. Received: a row of shape "
+                f"{row.shape}"
+            )
+        if row.size and row.dtype.kind not in "iu":
+            raise TypeError(f"`{name}` must be integers. Received: dtype {row.dtype}")
+        if row.size and not 0 <= row.min() <= row.max() < vocabulary_size:
+            raise ValueError(
+                f"`{name}` must be from 0 to {vocabulary_size - 1}. Received: from {row.min()} "
+                f"to {row.max()}"
+            )
+    return rows
+
+
+def _until(row: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
+    """The tokens up to and with the first stop token."""
+    found = np.flatnonzero(np.isin(row, stops))
+    return row[: found[0] + 1] if found.size else row
