@@ -161,6 +161,24 @@ def test_compiled_with_unknown_lengths(normalizer, causal, implementation, rng):
             assert relative_error(gradient, reference) < 2e-6
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_traced_by_torch_compile(backend, rng):
+    """Graphs and guards of PyTorch's compiler, without the code that it would generate."""
+    if backend != "torch":
+        pytest.skip("the others have compilers of their own")
+    import torch
+
+    function = functools.partial(
+        ops.attention, normalizer="softpick", implementation="tiled", causal=True
+    )
+    run, arrays = torch.compile(function, backend="eager"), inputs(rng, 17, 17)
+    assert relative_error(to_numpy(run(*arrays)), to_numpy(function(*arrays))) < 1e-6
+    cotangent = rng.normal(size=(2, 17, 4, 3)).astype("float32")
+    pair = [gradients(f, arrays, cotangent) for f in (run, function)]
+    for gradient, reference in zip(*pair, strict=True):
+        assert relative_error(gradient, reference) < 1e-6
+
+
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
 def test_nothing(lengths, rng):
     arrays = inputs(rng, *lengths)

@@ -39,6 +39,7 @@ TORCH_REFERENCE = "torch scaled_dot_product_attention"
 JAX_REFERENCE = "jax.nn.dot_product_attention, cuDNN"
 DENSE_UP_TO = 4096  # a dense pass needs several T x T tensors for each head
 PASSES = ("forward", "forward + backward")
+PAUSE = 0.5  # seconds before each pass: JAX frees gigabytes of the one before after its result
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -160,6 +161,7 @@ def time_in_turn(args: argparse.Namespace, length: int, dtype: str) -> list[dict
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(args.repeats + 1):  # the first compiles
             for name in names:
+                time.sleep(0 if args.small else PAUSE)
                 start = time.perf_counter()
                 passes[name][which]()
                 if repeat:

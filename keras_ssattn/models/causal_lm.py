@@ -15,6 +15,7 @@ from keras_ssattn.layers._config import (
     serialize_policy,
 )
 from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.models.compiled import CompiledFunctions
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.token_head import TokenHead
 
@@ -135,7 +136,7 @@ class CausalLM(keras.Model):
         self.tie_embeddings = tie_embeddings
         self.padding_id = padding_id
         self.remat = remat
-        self.compiled_generators: dict[Any, Any] = {}
+        self.generators = CompiledFunctions()
         self.build((None, None))
 
     def build(self, tokens_shape: Any) -> None:
@@ -223,6 +224,11 @@ class CausalLM(keras.Model):
             x, new = block(x, mask=mask, cache=old, cache_index=cache_index, training=False)
             caches.append(new)
         return self._logits(x[:, -1:])[:, 0], tuple(caches)
+
+    def rotary_state(self) -> tuple:
+        """What may be set on the rotary layers at any time, and a compiled function keeps."""
+        rotaries = [block.attention.rotary for block in self.blocks]
+        return tuple((x.theta, str(x.scaling)) for x in rotaries if x is not None)
 
     def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> list[Any]:
         """New tokens for each prompt; see `keras_ssattn.models.generate`.

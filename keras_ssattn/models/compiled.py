@@ -32,3 +32,20 @@ def compile_function(function: Callable, variables: list[Any]) -> Callable:
 
         return torch.no_grad()(function)
     return function
+
+
+class CompiledFunctions:
+    """Functions compiled for a model, by their options and by the variables that they read.
+
+    An object that is no dictionary: those that belong to a model Keras and TensorFlow save.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[Any, Callable] = {}
+
+    def get(self, options: Any, make: Callable, variables: list[Any]) -> Callable:
+        """The one of these options, compiled from what `make()` returns if there is none."""
+        key = (options, *(id(v) for v in variables))  # to quantize a model changes its variables
+        if key not in self.functions:
+            self.functions[key] = compile_function(make(), variables)
+        return self.functions[key]

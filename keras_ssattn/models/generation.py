@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn.layers._config import check_positive
-from keras_ssattn.models.compiled import compile_function
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
 
@@ -25,7 +24,7 @@ def generate(
     stop_tokens: Iterable[int] = (),
     seed: int | None = None,
 ) -> list[np.ndarray]:
-    """New tokens for each prompt, from a model with `make_cache` and `next_logits`.
+    """New tokens for each prompt, from a `CausalLM`.
 
     The prompts are padded on the left to one length and read in one pass; then every step reads
     one token of each row, with a cache, in one compiled loop.
@@ -72,11 +71,11 @@ def generate(
         mask[i, length - len(row) :] = True
     draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
     options = (temperature, top_k, top_p, tuple(int(x) for x in stops))
-    if options not in model.compiled_generators:
-        decode = _make_decoder(model, *options)
-        model.compiled_generators[options] = compile_function(decode, model.variables)
+    decode = model.generators.get(
+        (options, model.rotary_state()), lambda: _make_decoder(model, *options), model.variables
+    )
     inputs = (ops.convert_to_tensor(x) for x in (tokens, mask, draws))
-    new = ops.convert_to_numpy(model.compiled_generators[options](*inputs))
+    new = ops.convert_to_numpy(decode(*inputs))
     return [_until(row, stops) for row in new]
 
 

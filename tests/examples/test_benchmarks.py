@@ -121,6 +121,16 @@ def test_attention_reports_memory_of_a_longer_input(tmp_path):
         assert row["seconds_with_compilation"] > 0
 
 
+def test_softpick_state_is_the_same_attention(tmp_path):
+    result, _ = run_small("softpick_state.py", tmp_path / "result.json")
+    assert [row["length"] for row in result["rows"]] == [32, 64]
+    for row in result["rows"]:
+        assert row["relative_difference"] < 1e-5
+        assert row["seconds_ratio"] > 0
+        size = result["size"]
+        assert row["bytes_ratio"] == pytest.approx((row["length"] + size) / (2 * row["length"]))
+
+
 def test_the_table_of_the_readme_is_that_of_the_results(tmp_path):
     for path in (BENCHMARKS / "results").glob("attention-*.json"):
         shutil.copy(path, tmp_path)
