@@ -166,9 +166,30 @@ def test_a_token_without_weight_is_never_drawn(draw, top_k):
     assert int(found[0]) in (1, 2, 4)
 
 
-def test_temperature_of_zero_takes_the_likeliest():
-    logits = keras.ops.convert_to_tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]])
-    assert to_numpy(sample(logits, None, 0.0)).tolist() == [1, 0]
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40])
+def test_low_temperature_takes_the_likeliest(temperature):
+    model = language_model(num_layers=1)
+    np.testing.assert_array_equal(
+        model.generate(PROMPTS, 4, temperature=temperature, seed=0), model.generate(PROMPTS, 4)
+    )
+
+
+def test_one_compiled_function_serves_every_temperature():
+    model = language_model(num_layers=1)
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
+        model.generate(PROMPTS, 2, temperature=temperature, top_p=top_p, seed=0)
+    assert len(model.generators.functions) == 1
+
+
+def test_generates_in_a_callback():
+    model, text, found = language_model(num_layers=1), tokens(), []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda *_, **__: found.append(model.generate(PROMPTS, 2))
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    model.fit(text[:, :-1], text[:, 1:], verbose=0, callbacks=[callback])
+    np.testing.assert_array_equal(found[-1], model.generate(PROMPTS, 2))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +207,9 @@ def test_temperature_of_zero_takes_the_likeliest():
         ({"temperature": 1.0, "top_k": 14}, ValueError, "`top_k` must not be more than"),
         ({"temperature": 1.0, "top_k": 0}, ValueError, "`top_k` must be a positive integer"),
         ({"temperature": 1.0, "top_p": 0.0}, ValueError, r"`top_p` must be a number in \(0, 1\]"),
+        ({"prompts": 5}, TypeError, "`prompts` must be rows of token ids.*5"),
+        ({"prompts": [[1, [2]]]}, TypeError, "`prompts` must be rows of token ids"),
+        ({"seed": -1}, ValueError, "`seed` must be an integer, 0 or more, or None.*-1"),
         ({"stop_tokens": [99]}, ValueError, "`stop_tokens` must be from 0 to 12"),
     ],
 )
@@ -311,6 +335,37 @@ def test_loaded_model_generates_the_same(tmp_path):
     model = language_model()
     loaded = reload(model, tmp_path / "model.keras", language_model)
     np.testing.assert_array_equal(loaded.generate(PROMPTS, 4), model.generate(PROMPTS, 4))
+
+
+def test_weights_of_a_model_with_more_or_fewer_blocks_are_refused(tmp_path):
+    for saved, loaded in ((2, 1), (1, 2)):
+        path = tmp_path / f"{saved}.weights.h5"
+        language_model(num_layers=saved).save_weights(path)
+        with pytest.raises(ValueError, match=f"of {loaded} blocks. Received: num_layers={saved}"):
+            language_model(num_layers=loaded).load_weights(path)
+
+
+def test_theta_set_later_is_saved(tmp_path):
+    model = language_model()
+    for block in model.blocks:
+        block.attention.rotary.theta = 20.0
+    loaded = reload(model, tmp_path / "model.keras", language_model)
+    assert [block.attention.rotary.theta for block in loaded.blocks] == [20.0, 20.0]
+    assert model.blocks[0].get_config()["rotary"]["config"]["theta"] == 20.0
+    np.testing.assert_allclose(predict(loaded, tokens()), predict(model, tokens()), atol=1e-6)
+    model.blocks[0].attention.rotary.theta = 30.0
+    with pytest.raises(ValueError, match="`theta` and `scaling` must be the same in every block"):
+        model.get_config()
+
+
+def test_options_from_numpy_are_saved(tmp_path):
+    sizes = {"vocabulary_size": 13, "hidden_size": 12, "num_layers": 1, "num_heads": 2}
+    options = {name: np.int64(value) for name, value in sizes.items()}
+    options |= {"padding_id": np.int64(0), "dropout": np.float32(0.5), "qk_norm": np.bool_(True)}
+    model = CausalLM(**options, ffn_expansion=np.float32(2), sliding_window=np.int32(3))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_config() == model.get_config()
 
 
 def test_clone():

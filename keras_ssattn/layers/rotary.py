@@ -143,6 +143,24 @@ def _positions(offset: Any, x: Any) -> Any:
     return ops.reshape(ops.cast(offset, "int32"), (-1, 1)) + steps
 
 
+def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | None:
+    """The config of the rotary layer given, with what was set since on those made of it."""
+    if specification is None:
+        return None
+    settings = [(x.theta, x.scaling) for x in layers]
+    if any(x != settings[0] for x in settings):
+        raise ValueError(
+            "`theta` and `scaling` must be the same in every block, to be saved in one config. "
+            f"Received: {settings}"
+        )
+    config = keras.saving.serialize_keras_object(specification)
+    config.pop("build_config", None)
+    if settings:
+        theta, scaling = settings[0]
+        config["config"] |= {"theta": theta, "scaling": check_scaling(scaling)}
+    return config
+
+
 def get_rotary(rotary: Any, dtype: Any = None) -> RotaryEmbedding | None:
     """An unshared copy of a `RotaryEmbedding`, given itself or its config; `None` for none."""
     if isinstance(rotary, dict):

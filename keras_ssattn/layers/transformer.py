@@ -18,7 +18,7 @@ from keras_ssattn.layers._config import (
 )
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
-from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
 from keras_ssattn.ops import Cache
 
 NORM_EPSILON = 1e-5  # Edifice's
@@ -293,7 +293,9 @@ class TransformerBlock(keras.layers.Layer):
             "causal": self.causal,
             "cross_attention": self.cross_attention,
             "sliding_window": self.sliding_window,
-            "rotary": self._rotary() and serialize_options(self._rotary()),
+            "rotary": serialize_rotary(
+                self._rotary(), [self.attention.rotary] if self.built else []
+            ),
             "qk_norm": self.qk_norm,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,

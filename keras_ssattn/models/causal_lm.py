@@ -1,8 +1,10 @@
 """A decoder-only language model."""
 
+import numbers
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
@@ -14,7 +16,7 @@ from keras_ssattn.layers._config import (
     serialize_options,
     serialize_policy,
 )
-from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
 from keras_ssattn.models.compiled import CompiledFunctions
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.token_head import TokenHead
@@ -91,9 +93,10 @@ class CausalLM(keras.Model):
         remat: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_positive("vocabulary_size", vocabulary_size)
-        check_positive("hidden_size", hidden_size)
-        check_positive("num_layers", num_layers)
+        vocabulary_size = check_positive("vocabulary_size", vocabulary_size)
+        hidden_size = check_positive("hidden_size", hidden_size)
+        num_layers = check_positive("num_layers", num_layers)
+        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
         num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
         check_rate("dropout", dropout)
         if hidden_size % num_heads:
@@ -103,7 +106,7 @@ class CausalLM(keras.Model):
             )
         if padding_id is not None and (
             isinstance(padding_id, bool)
-            or not isinstance(padding_id, int)
+            or not isinstance(padding_id, numbers.Integral)
             or not 0 <= padding_id < vocabulary_size
         ):
             raise ValueError(
@@ -127,15 +130,15 @@ class CausalLM(keras.Model):
         rotary = get_rotary(RotaryEmbedding() if rotary == "default" else rotary)
         self._rotary = lambda: rotary
         self.sliding_window = sliding_window
-        self.qk_norm = qk_norm
+        self.qk_norm = bool(qk_norm)
         self.ffn_type = ffn_type
-        self.ffn_expansion = ffn_expansion
+        self.ffn_expansion = None if ffn_expansion is None else float(ffn_expansion)
         self.norm = norm
-        self.use_bias = use_bias
-        self.dropout = dropout
-        self.tie_embeddings = tie_embeddings
-        self.padding_id = padding_id
-        self.remat = remat
+        self.use_bias = bool(use_bias)
+        self.dropout = float(dropout)
+        self.tie_embeddings = bool(tie_embeddings)
+        self.padding_id = None if padding_id is None else int(padding_id)
+        self.remat = bool(remat)
         self.generators = CompiledFunctions()
         self.build((None, None))
 
@@ -248,6 +251,18 @@ class CausalLM(keras.Model):
         inner = [projection for block in self.blocks for projection in block.projections()]
         return [self.token_embedding, *inner, *self.head.projections()]
 
+    def save_own_variables(self, store: Any) -> None:
+        store["num_layers"] = np.array([self.num_layers])
+
+    def load_own_variables(self, store: Any) -> None:
+        # Keras passes over the weights of blocks that this model does not have
+        saved = [int(x) for name in store.keys() for x in np.asarray(store[name])]  # noqa: SIM118
+        if saved != [self.num_layers]:
+            raise ValueError(
+                f"The file must be of a `CausalLM` of {self.num_layers} blocks. Received: "
+                f"num_layers={saved[0] if saved else None}"
+            )
+
     def get_config(self) -> dict[str, Any]:
         config = {
             "vocabulary_size": self.vocabulary_size,
@@ -256,7 +271,9 @@ class CausalLM(keras.Model):
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "normalizer": serialize_options(self._normalizer()),
-            "rotary": self._rotary() and serialize_options(self._rotary()),
+            "rotary": serialize_rotary(
+                self._rotary(), [block.attention.rotary for block in self.blocks]
+            ),
             "sliding_window": self.sliding_window,
             "qk_norm": self.qk_norm,
             "ffn_type": self.ffn_type,

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_ssattn.layers._config import check_positive
 
+LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
 
 
@@ -61,8 +62,14 @@ def generate(
     """
     check_positive("max_new_tokens", max_new_tokens)
     _check_sampling(temperature, top_k, top_p, model.vocabulary_size)
+    if seed is not None and (not isinstance(seed, numbers.Integral) or seed < 0):
+        raise ValueError(f"`seed` must be an integer, 0 or more, or None. Received: seed={seed!r}")
+    if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
+        model.jax_state_sync()
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
-    stops = tuple(np.unique(_check_tokens("stop_tokens", [stop_tokens], model.vocabulary_size)[0]))
+    stops = tuple(
+        np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
+    )
     length = -(-max(len(row) for row in rows) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(rows), length), "int32")
     mask = np.zeros((len(rows), length), "bool")
@@ -70,19 +77,23 @@ def generate(
         tokens[i, length - len(row) :] = row
         mask[i, length - len(row) :] = True
     draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
-    options = (temperature, top_k, top_p, tuple(int(x) for x in stops))
+    options = (temperature > 0, top_k, top_p is not None, tuple(int(x) for x in stops))
     decode = model.generators.get(
         (options, model.rotary_state()), lambda: _make_decoder(model, *options), model.variables
     )
-    inputs = (ops.convert_to_tensor(x) for x in (tokens, mask, draws))
+    settings = np.array([max(float(temperature), LOWEST_TEMPERATURE), top_p or 1.0], "float32")
+    inputs = (ops.convert_to_tensor(x) for x in (tokens, mask, draws, settings))
     new = ops.convert_to_numpy(decode(*inputs))
     return [_until(row, stops) for row in new]
 
 
 def _make_decoder(
-    model: Any, temperature: float, top_k: int | None, top_p: float | None, stops: tuple[int, ...]
+    model: Any, drawn: bool, top_k: int | None, nucleus: bool, stops: tuple[int, ...]
 ) -> Any:
-    """The function of tokens `[B, T]`, mask and draws `[N, B]` that gives N new tokens `[B, N]`."""
+    """The function that gives N new tokens `[B, N]`.
+
+    Of tokens `[B, T]`, their mask, draws `[N, B]`, and a pair of temperature and `top_p`.
+    """
 
     def ends(token: Any) -> Any:
         found = ops.zeros_like(token, dtype="bool")
@@ -90,12 +101,14 @@ def _make_decoder(
             found = ops.logical_or(found, token == stop)
         return found
 
-    def decode(tokens: Any, mask: Any, draws: Any) -> Any:
+    def decode(tokens: Any, mask: Any, draws: Any, settings: Any) -> Any:
         batch, length = tokens.shape
         count = draws.shape[0]
 
         def choose(logits: Any, i: Any) -> Any:
-            return sample(logits, draws[i], temperature, top_k, top_p)
+            if not drawn:
+                return ops.cast(ops.argmax(logits, axis=-1), "int32")
+            return sample(logits, draws[i], settings[0], top_k, settings[1] if nucleus else None)
 
         def unfinished(i: Any, _token: Any, done: Any, *_: Any) -> Any:
             return ops.logical_and(i < count, ops.logical_not(ops.all(done)))
@@ -119,12 +132,12 @@ def _make_decoder(
 
 
 def sample(
-    logits: Any, draw: Any, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: Any, draw: Any, temperature: Any, top_k: int | None = None, top_p: Any = None
 ) -> Any:
     """Token ids `[B]`, int32, from logits `[B, V]` and draws `[B]` uniform in [0, 1)."""
-    if temperature == 0:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32")
-    logits, tokens = logits / temperature, None
+    # the largest is then 0 at any temperature, however small
+    logits = (logits - ops.max(logits, axis=-1, keepdims=True)) / temperature
+    tokens = None
     if top_k is not None or top_p is not None:
         logits, tokens = ops.top_k(logits, top_k or logits.shape[-1])  # in descending order
     weights = ops.softmax(logits)
@@ -171,7 +184,10 @@ def _check_tokens(name: str, rows: Any, vocabulary_size: int) -> list[np.ndarray
     """The rows as arrays of token ids; of `stop_tokens`, a row may be empty."""
     if keras.ops.is_tensor(rows):
         rows = ops.convert_to_numpy(rows)
-    rows = [np.asarray(list(row) if isinstance(row, (set, frozenset)) else row) for row in rows]
+    try:
+        rows = [np.asarray(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be rows of token ids. Received: {rows!r}") from error
     if not rows:
         raise ValueError(f"`{name}` must have one prompt or more. Received: none")
     for row in rows:
