@@ -299,9 +299,7 @@ class TransformerBlock(keras.layers.Layer):
             "qk_norm": self.qk_norm,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,
-            "activation": None
-            if self.activation is None
-            else keras.activations.serialize(self.activation),
+            "activation": self.activation and keras.activations.serialize(self.activation),
             "norm": self.norm,
             "norm_position": self.norm_position,
             "dropout": self.dropout,
