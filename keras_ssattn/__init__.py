@@ -4,7 +4,7 @@ SSMax (scalable softmax) and softpick as functions (`ops`), layers (`layers`), a
 transformer (`build`); `ssmax` and `softpick` mirror the modules of Edifice.
 """
 
-from keras_ssattn import distribution, layers, models, ops, softpick, ssmax
+from keras_ssattn import analysis, distribution, layers, models, ops, softpick, ssmax
 from keras_ssattn.layers import (
     FeedForward,
     LastTimestep,
@@ -46,6 +46,7 @@ __all__ = [
     "Softmax",
     "Softpick",
     "TransformerBlock",
+    "analysis",
     "build",
     "compute",
     "distribution",

@@ -19,9 +19,9 @@ MODULES = ["keras_ssattn", *(
     m.name for m in pkgutil.walk_packages(keras_ssattn.__path__, "keras_ssattn.")
 )]  # fmt: skip
 PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
-          ("", ".ops", ".layers", ".models", ".ssmax", ".softpick")]  # fmt: skip
+          ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
 # What a part of the package may import: itself and what is below it.
-ORDER = ["ops", "layers", "models", "ssmax"]
+ORDER = ["ops", "layers", "models", "analysis", "ssmax"]
 KNOWS_FRAMEWORKS = ROOT / "models" / "compiled.py"
 
 
@@ -52,6 +52,8 @@ def test_everything_public_is_documented_with_an_example(module):
 def test_examples_in_docstrings_run(name, backend):
     if name == "keras_ssattn.distribution" and backend != "jax":
         pytest.skip("keras.distribution is for JAX")
+    if name == "keras_ssattn.analysis.plots":
+        pytest.importorskip("matplotlib", reason="plots need the extra of that name")
     assert _run_examples(importlib.import_module(name)) == []
 
 

@@ -231,3 +231,18 @@ def test_query_aware_scale_starts_as_softmax_and_learns(x, rng):
     model.fit(x, rng.normal(size=x.shape), epochs=3, verbose=0)
     after = layer.normalizer.length_scale.get_weights()
     assert all(np.abs(a - b).max() > 0 for a, b in zip(before, after, strict=True))
+
+
+def test_one_row_of_padding_serves_all_rows(x):
+    layer = MultiHeadAttention(2, 4, normalizer="ssmax")
+    mask = np.array([[False, True, True, True]])
+    layer.build(x.shape, x.shape)
+    outputs = []
+    for rows in (mask, np.repeat(mask, BATCH, axis=0)):
+        cache = layer.make_cache(BATCH, SIZE)
+        options = {"use_causal_mask": True, "cache": cache, "cache_index": 0}
+        y, cache = layer(x[:, :4], x[:, :4], value_mask=rows, **options)
+        outputs.append((to_numpy(y), to_numpy(cache.mask)))
+    assert outputs[0][1][:, 0].tolist() == [False] * BATCH
+    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
+    np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=1e-6)

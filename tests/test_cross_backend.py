@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BACKENDS
-from scripts.cases import TRAVELERS
+from scripts.cases import MODELS
 
 SCRIPT = Path(__file__).parent / "scripts" / "cross_backend.py"
 INSTALLED = [b for b in BACKENDS if importlib.util.find_spec(b)]
@@ -46,9 +46,9 @@ def test_all_backends_are_here_where_they_must_be():
 
 
 @pytest.mark.parametrize("kind", ["keras", "weights"])
-@pytest.mark.parametrize("normalizer", TRAVELERS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"), list(itertools.product(INSTALLED, repeat=2)), ids=lambda b: b
 )
-def test_predicts_the_same(saved_by, loaded_by, normalizer, kind, differences):
-    assert differences[loaded_by][f"{saved_by}-{normalizer}-{kind}"] <= 1e-5
+def test_predicts_the_same(saved_by, loaded_by, model, kind, differences):
+    assert differences[loaded_by][f"{saved_by}-{model}-{kind}"] <= 1e-5

@@ -191,6 +191,7 @@ def add_memory(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         reference = row["gibibytes"] if row["name"] == REFERENCE else reference
         if reference:
             row["gibibytes_ratio"] = row["gibibytes"] / reference
+        print(f"{row['length']:7} {row['name']:36}{row['gibibytes']:9.3f} GiB", flush=True)
 
 
 def run_alone(args: argparse.Namespace, name: str, length: int) -> tuple[float, float]:

@@ -30,6 +30,14 @@ def check_groups(num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
     return num_heads, num_kv_heads
 
 
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    if hidden_size % num_heads:
+        raise ValueError(
+            "`hidden_size` must be a multiple of `num_heads`. Received: "
+            f"hidden_size={hidden_size}, num_heads={num_heads}"
+        )
+
+
 def check_rate(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
@@ -66,6 +74,9 @@ class NoWeights(StrictLoading, keras.layers.Identity):
     Keras passes over the weights of a file that belong to no layer of the model. With this
     layer in the place, which expects none, such a file is refused.
     """
+
+    def __call__(self, x: Any) -> Any:
+        return x  # without what Keras does around a call, which on PyTorch takes time
 
 
 def freeze_sublayers(layer: Any) -> None:

@@ -47,3 +47,10 @@ def attention_mask_by_head(mask: Any, sizes: tuple) -> Any:
         mask = ops.expand_dims(mask, 1)
     check_broadcastable("attention_mask", tuple(mask.shape), sizes, "[B, H, T, S]")
     return mask
+
+
+def hide_rows(x: Any, query_mask: Any, axes: tuple[int, ...]) -> Any:
+    """Zeros where a query is padding; the mask `[B, T]` lacks these axes of `x`."""
+    if query_mask is None:
+        return x
+    return ops.where(ops.expand_dims(query_mask, axes), x, ops.zeros_like(x))

@@ -1,6 +1,5 @@
 """Multi-head attention with a choice of normalizer."""
 
-from functools import partial
 from typing import Any
 
 import keras
@@ -16,9 +15,14 @@ from keras_ssattn.layers._config import (
     serialize_options,
     serialize_policy,
 )
-from keras_ssattn.layers._masks import attention_mask_by_head, both_masks, padding_mask
+from keras_ssattn.layers._masks import (
+    attention_mask_by_head,
+    both_masks,
+    hide_rows,
+    padding_mask,
+)
 from keras_ssattn.layers.projection import check_output_shape, projection
-from keras_ssattn.layers.rotary import get_rotary
+from keras_ssattn.layers.rotary import get_rotary, rotate
 from keras_ssattn.ops import (
     Cache,
     attention,
@@ -27,6 +31,7 @@ from keras_ssattn.ops import (
     key_count,
     make_cache,
     update_cache,
+    visible_keys,
 )
 from keras_ssattn.ops._arguments import dtype_of, widen
 
@@ -167,21 +172,13 @@ class MultiHeadAttention(keras.layers.Layer):
                     f"shape {tuple(shape)}"
                 )
         # Names and attributes are those of Keras's layer, so that its files of weights load.
-        into_heads = "abc,cde->abde"
-        self.query_dense = projection(self, "query", into_heads, (self.num_heads, self.key_dim))
-        self.key_dense = projection(self, "key", into_heads, (self.num_kv_heads, self.key_dim))
-        self.value_dense = projection(
-            self, "value", into_heads, (self.num_kv_heads, self.value_dim)
-        )
+        heads, groups = self.num_heads, self.num_kv_heads
+        self.query_dense = projection(self, "query", query_shape, (heads, self.key_dim))
+        self.key_dense = projection(self, "key", key_shape, (groups, self.key_dim))
+        self.value_dense = projection(self, "value", value_shape, (groups, self.value_dim))
+        shape = (*query_shape[:-1], heads, self.value_dim)
         features = self._output_shape or (query_shape[-1],)
-        axes = "efgh"[: len(features)]
-        self.output_dense = projection(
-            self, "attention_output", f"abcd,cd{axes}->ab{axes}", features
-        )
-        self.query_dense.build(query_shape)
-        self.key_dense.build(key_shape)
-        self.value_dense.build(value_shape)
-        self.output_dense.build((*query_shape[:-1], self.num_heads, self.value_dim))
+        self.output_dense = projection(self, "attention_output", shape, features)
         self.normalizer.build((None, self.num_heads, None, None))
         self.attention_dropout = keras.layers.Dropout(
             self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
@@ -235,34 +232,37 @@ class MultiHeadAttention(keras.layers.Layer):
             "query_offset": cache_index,
             "segment_ids": segment_ids,
         }
-        key = self.key_dense(value if key is None else key)  # [B, S, K, D]
+        key = self.key_norm(self.key_dense(value if key is None else key))  # [B, S, K, D]
         query, value = self.query_norm(self.query_dense(query)), self.value_dense(value)
-        rotate = (lambda x: x) if self.rotary is None else partial(self.rotary, offset=cache_index)
-        key = rotate(self.key_norm(key))
+        uses_query = self.normalizer.length_scale.uses_query  # which is before rotation
+        if uses_query:
+            [key] = rotate(self.rotary, cache_index, key)
+        else:
+            query, key = rotate(self.rotary, cache_index, query, key)
         if cache is not None:
             cache = update_cache(cache, cache_index, key, value, visibility["key_mask"])
             key, value, visibility["key_mask"] = cache
+            if length == 1:  # one row of a mask, for the count and for the attention
+                visibility = {"mask": visible_keys(1, ops.shape(key)[1], **visibility)}
         options = {"normalizer": self.normalizer.kernel, **self.normalizer.kernel_options()}
         if self.normalizer.uses_count:
             n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
-            if self.normalizer.length_scale.uses_query:
+            if uses_query:
                 factor = self.normalizer.length_scale(n, query)
                 query = ops.cast(widen(query) * factor, dtype_of(query))
             else:
                 options["length_scale"] = self.normalizer.length_scale(n)
-        query = rotate(query)  # after a length scale that looks at the query
+        if uses_query:
+            [query] = rotate(self.rotary, cache_index, query)
         weights = None
         if return_attention_scores or self.dropout > 0:
             weights = attention_weights(query, key, **visibility, **options)
             weights = ops.cast(weights, self.compute_dtype)
-            if query_mask is not None:
-                weights = ops.where(ops.expand_dims(query_mask, (1, 3)), weights, 0.0)
+            weights = hide_rows(weights, query_mask, (1, 3))
             output = dense.combine(self.attention_dropout(weights, training=training), value)
         else:
             output = attention(query, key, value, **visibility, **options)
-            if query_mask is not None:
-                seen = ops.expand_dims(query_mask, (2, 3))  # [B, T, 1, 1]
-                output = ops.where(seen, output, ops.zeros_like(output))
+            output = hide_rows(output, query_mask, (2, 3))
         extra = (weights if return_attention_scores else None, cache)
         results = [self.output_dense(output), *(x for x in extra if x is not None)]
         return results[0] if len(results) == 1 else tuple(results)

@@ -7,11 +7,14 @@ import keras
 from keras_ssattn.layers._config import check_positive
 
 
-def projection(attention: Any, name: str, equation: str, output_shape: tuple) -> Any:
-    """An `EinsumDense` with the initializers, regularizers and constraints of an attention layer.
+def projection(attention: Any, name: str, input_shape: tuple, output_shape: tuple) -> Any:
+    """A built `EinsumDense` with the initializers, regularizers and constraints of a layer.
 
-    Quantization and LoRA are at home in `EinsumDense`, and go on working.
+    From features to heads, or from heads, `[B, T, H, D]`, to features. Quantization and LoRA are
+    at home in `EinsumDense`, and go on working.
     """
+    inner, outer = "cd"[: len(input_shape) - 2], "efgh"[: len(output_shape)]
+    equation = f"ab{inner},{inner}{outer}->ab{outer}"
 
     def fresh(initializer: Any) -> Any:  # one instance gives every kernel the same values
         return type(initializer).from_config(initializer.get_config())
@@ -30,6 +33,7 @@ def projection(attention: Any, name: str, equation: str, output_shape: tuple) ->
         name=name,
     )
     layer.supports_masking = True
+    layer.build(input_shape)
     return layer
 
 

@@ -5,8 +5,10 @@ import numbers
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_ssattn.layers._config import serialize_options
 from keras_ssattn.ops import rotary_attention_factor, rotary_embedding, rotary_frequencies
 from keras_ssattn.ops._arguments import dtype_of, to_tensor
 from keras_ssattn.ops.rotary import check_scaling, check_theta
@@ -143,6 +145,20 @@ def _positions(offset: Any, x: Any) -> Any:
     return ops.reshape(ops.cast(offset, "int32"), (-1, 1)) + steps
 
 
+def rotate(rotary: Any, offset: Any, *inputs: Any) -> Any:
+    """Each of the inputs, `[B, T, heads, D]`, turned; as they are where there is no rotary layer.
+
+    Those of one length are turned in one call, which on PyTorch costs as much as for one of them.
+    """
+    if rotary is None:
+        return inputs
+    lengths = {x.shape[1] for x in inputs}
+    if len(inputs) == 1 or len(lengths) > 1 or None in lengths:
+        return tuple(rotary(x, offset=offset) for x in inputs)
+    ends = np.cumsum([x.shape[2] for x in inputs])[:-1].tolist()
+    return tuple(ops.split(rotary(ops.concatenate(inputs, axis=2), offset=offset), ends, axis=2))
+
+
 def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | None:
     """The config of the rotary layer given, with what was set since on those made of it."""
     if specification is None:
@@ -153,8 +169,7 @@ def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | 
             "`theta` and `scaling` must be the same in every block, to be saved in one config. "
             f"Received: {settings}"
         )
-    config = keras.saving.serialize_keras_object(specification)
-    config.pop("build_config", None)
+    config = serialize_options(specification)
     if settings:
         theta, scaling = settings[0]
         config["config"] |= {"theta": theta, "scaling": check_scaling(scaling)}

@@ -16,12 +16,11 @@ from keras_ssattn.layers._config import (
     serialize_options,
     serialize_policy,
 )
+from keras_ssattn.layers._norms import NORMS, make_norm
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
 from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
 from keras_ssattn.ops import Cache
-
-NORM_EPSILON = 1e-5  # Edifice's
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -108,7 +107,7 @@ class TransformerBlock(keras.layers.Layer):
         key_dim = check_positive("key_dim", key_dim, optional=True)
         sliding_window = check_positive("sliding_window", sliding_window, optional=True)
         check_choice("ffn_type", ffn_type, ("standard", "gated"))
-        check_choice("norm", norm, ("layer_norm", "rms_norm"))
+        check_choice("norm", norm, tuple(NORMS))
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_rate("dropout", dropout)
         _check_expansion(ffn_expansion)
@@ -187,14 +186,7 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def _norm(self, name: str, shape: Any) -> Any:
-        norms = {
-            "layer_norm": keras.layers.LayerNormalization,
-            "rms_norm": keras.layers.RMSNormalization,
-        }
-        norm = norms[self.norm](epsilon=NORM_EPSILON, dtype=self.dtype_policy, name=name)
-        norm.supports_masking = True
-        norm.build(shape)
-        return norm
+        return make_norm(self.norm, shape, dtype=self.dtype_policy, name=name)
 
     def _dropout(self, name: str) -> Any:
         return keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name=name)
@@ -271,9 +263,9 @@ class TransformerBlock(keras.layers.Layer):
         return self.attention.make_cache(batch_size, length)
 
     def _residual(self, x: Any, norm: Any, dropout: Any, part: Any, training: Any) -> Any:
-        if self.norm_position == "pre":
-            return x + dropout(part(norm(x)), training=training)
-        return norm(x + dropout(part(x), training=training))
+        y = part(norm(x) if self.norm_position == "pre" else x)
+        y = x + (dropout(y, training=training) if self.dropout > 0 else y)
+        return y if self.norm_position == "pre" else norm(y)
 
     def compute_output_shape(self, inputs_shape: Any, context_shape: Any = None) -> Any:
         return inputs_shape

@@ -9,7 +9,9 @@ from keras import ops
 
 from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
 from keras_ssattn.layers._config import (
+    check_choice,
     check_groups,
+    check_heads,
     check_positive,
     check_rate,
     freeze_sublayers,
@@ -18,6 +20,7 @@ from keras_ssattn.layers._config import (
 )
 from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
 from keras_ssattn.models.compiled import CompiledFunctions
+from keras_ssattn.models.configurations import CONFIGURATIONS
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.token_head import TokenHead
 
@@ -55,7 +58,7 @@ class CausalLM(keras.Model):
         training: whether dropout applies.
 
     Returns:
-        Logits `[B, T, V]`, float32 (float64 where the model is).
+        Logits `[B, T, V]`, float32 or wider.
 
     Raises:
         ValueError: for sizes, rates and choices that do not fit.
@@ -99,11 +102,7 @@ class CausalLM(keras.Model):
         sliding_window = check_positive("sliding_window", sliding_window, optional=True)
         num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
         check_rate("dropout", dropout)
-        if hidden_size % num_heads:
-            raise ValueError(
-                "`hidden_size` must be a multiple of `num_heads`. Received: "
-                f"hidden_size={hidden_size}, num_heads={num_heads}"
-            )
+        check_heads(hidden_size, num_heads)
         if padding_id is not None and (
             isinstance(padding_id, bool)
             or not isinstance(padding_id, numbers.Integral)
@@ -141,6 +140,21 @@ class CausalLM(keras.Model):
         self.remat = bool(remat)
         self.generators = CompiledFunctions()
         self.build((None, None))
+
+    @classmethod
+    def from_name(cls, name: str, **options: Any) -> "CausalLM":
+        """A new model of a named size, untrained.
+
+        Args:
+            name: `"ssmax_162m"`, the 12-layer 12-head model of arXiv 2501.19399, `"bytes_11m"` or
+                `"bytes_1m"`, whose tokens are bytes; the number is that of parameters.
+            **options: of the constructor, in place of those of the name.
+
+        Raises:
+            ValueError: for another name.
+        """
+        check_choice("name", name, tuple(CONFIGURATIONS))
+        return cls(**{**CONFIGURATIONS[name], **options})
 
     def build(self, tokens_shape: Any) -> None:
         if hasattr(self, "blocks"):  # the constructor has built it

@@ -12,8 +12,8 @@ from keras_ssattn.layers import (
     TransformerBlock,
     normalizers,
 )
-from keras_ssattn.layers._config import check_choice, check_positive, check_rate
-from keras_ssattn.layers.transformer import NORM_EPSILON
+from keras_ssattn.layers._config import check_choice, check_heads, check_positive, check_rate
+from keras_ssattn.layers._norms import NORM_EPSILON
 
 OUTPUT_MODES = ("last_timestep", "all", "mean_pool")
 
@@ -98,7 +98,7 @@ def build(
     check_positive("window_size", window_size, optional=True)
     check_rate("dropout", dropout)
     check_choice("output_mode", output_mode, OUTPUT_MODES)
-    _check_heads(hidden_size, num_heads)
+    check_heads(hidden_size, num_heads)
     normalizer = normalizers.get(normalizer)
     prefix = normalizers.name_of(normalizer)
     inputs = keras.Input((window_size, embed_dim), name="state_sequence")
@@ -131,7 +131,7 @@ def build_attention(
     """Applies a new layer of causal self-attention to `[B, T, E]`, giving `[B, T, hidden_size]`."""
     check_positive("hidden_size", hidden_size)
     check_positive("num_heads", num_heads)
-    _check_heads(hidden_size, num_heads)
+    check_heads(hidden_size, num_heads)
     attention = MultiHeadAttention(
         num_heads,
         hidden_size // num_heads,
@@ -160,11 +160,3 @@ def output_size(hidden_size: int = 256, **options: Any) -> int:
         raise TypeError(f"output_size() got an unexpected keyword argument {unknown[0]!r}")
     check_positive("hidden_size", hidden_size)
     return hidden_size
-
-
-def _check_heads(hidden_size: int, num_heads: int) -> None:
-    if hidden_size % num_heads:
-        raise ValueError(
-            "`hidden_size` must be a multiple of `num_heads`. Received: "
-            f"hidden_size={hidden_size}, num_heads={num_heads}"
-        )

@@ -6,13 +6,8 @@ import keras
 from keras import ops
 
 from keras_ssattn.layers._config import NoWeights, check_choice, freeze_sublayers
-from keras_ssattn.layers.transformer import NORM_EPSILON
+from keras_ssattn.layers._norms import NORMS, make_norm
 from keras_ssattn.ops._arguments import widen
-
-NORMS = {
-    "layer_norm": keras.layers.LayerNormalization,
-    "rms_norm": keras.layers.RMSNormalization,
-}
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -33,9 +28,7 @@ class TokenHead(keras.layers.Layer):
 
     def build(self, x_shape: Any, embeddings_shape: Any = None) -> None:
         options = {"dtype": self.dtype_policy}
-        self.final_norm = NORMS[self.norm](epsilon=NORM_EPSILON, name="final_norm", **options)
-        self.final_norm.supports_masking = True
-        self.final_norm.build(x_shape)
+        self.final_norm = make_norm(self.norm, x_shape, name="final_norm", **options)
         if self.tied:
             self.projection = NoWeights(name="projection", dtype=self.dtype_policy)
         else:

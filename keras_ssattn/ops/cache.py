@@ -108,10 +108,11 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
             f"{tuple(key.shape)}"
         )
     if mask is None:
-        mask = ops.ones(ops.shape(key)[:2], "bool")
+        mask = ops.ones((1, 1), "bool")
     for name, old, new in zip(cache._fields, cache, (key, value, mask), strict=True):
         target = (old.shape[0], new.shape[1], *old.shape[2:])
         check_broadcastable(name, tuple(new.shape), target, "the cache's shape at T positions")
+    mask = ops.broadcast_to(mask, ops.shape(key)[:2])  # a row of it may serve all
     new = Cache(ops.cast(key, dtype_of(cache.key)), ops.cast(value, dtype_of(cache.value)), mask)
     write = _write_at if len(index.shape) == 0 else _write_by_row
     return Cache(*(write(x, index, y) for x, y in zip(cache, new, strict=True)))

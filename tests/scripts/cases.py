@@ -11,6 +11,7 @@ from keras_ssattn.layers import (
     Softpick,
     SSMax,
 )
+from keras_ssattn.models import CausalLM
 
 TIME, FEATURES = 7, 6
 
@@ -30,6 +31,8 @@ NORMALIZERS = {
 
 # Those that move between backends: one of each formula, with every kind of parameter.
 TRAVELERS = ("softmax", "ssmax_bias", "softpick_scaled", "rectified_softpick")
+MODELS = (*TRAVELERS, "language_model")
+VOCABULARY = 13
 
 
 def attention_model(normalizer, **options):
@@ -48,6 +51,11 @@ def sequence_model(normalizer="ssmax", **options):
     )
 
 
+def language_model(**options):
+    sizes = {"hidden_size": 12, "num_layers": 2, "num_heads": 2}
+    return CausalLM(VOCABULARY, **{**sizes, **options})
+
+
 def randomize(model, seed=7):
     """Moves every weight off its initial value, as training would."""
     rng = np.random.default_rng(seed)
@@ -59,3 +67,7 @@ def randomize(model, seed=7):
 
 def sequences(batch=8, time=TIME, features=FEATURES, seed=3):
     return np.random.default_rng(seed).normal(size=(batch, time, features)).astype("float32")
+
+
+def tokens(batch=4, time=9, seed=3):
+    return np.random.default_rng(seed).integers(1, VOCABULARY, (batch, time))

@@ -6,6 +6,7 @@ Every process sees its own part of each batch; gradients are averaged over the p
 r writes OUTPUT_PREFIX-r.npz with its losses and the weights it ends with.
 """
 
+import os
 import sys
 
 import keras
@@ -35,7 +36,10 @@ def main(prefix):
         losses.append(loss.item())
     weights = {v.path: v.numpy() for v in model.trainable_variables}
     np.savez(f"{prefix}-{rank}.npz", losses=losses, **weights)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Not by way of destructors: that of the process group waits, with Python's lock held, for a
+    # thread that may need the lock to end.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""Measures of attention in the logs of `fit`."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ssattn.analysis import measures as functions
+from keras_ssattn.analysis.recording import Recording, record
+from keras_ssattn.analysis.scale import learned_scale
+from keras_ssattn.layers._config import check_positive
+
+MEASURES = ("entropy", "sink_rate", "sparsity", "kurtosis", "max_activation", "s", "b")
+DEFAULT = ("entropy", "sink_rate", "kurtosis", "s")
+
+
+class AttentionStatistics(keras.callbacks.Callback):
+    """Adds measures of attention to the logs of each epoch of `fit`.
+
+    At the end of an epoch it runs the model on a batch of its own, by `record`, and enters a
+    number for each measure and layer, such as `attention/block_1/entropy`. Keras's own callbacks
+    record them: `History` always, and `CSVLogger` and `TensorBoard` if they come **after this one**
+    in the list; one that comes before does not see them.
+
+    Args:
+        inputs: the batch, always the same; small, as all `T x S` weights are computed.
+        measures: of `"entropy"`, `"sink_rate"`, `"sparsity"` (of attention weights),
+            `"kurtosis"`, `"max_activation"` (of the outputs of `TransformerBlock`s), and `"s"`
+            and `"b"` (learned, of layers that have them).
+        every: measure at the first epoch of `fit` and at those whose number it divides. The others
+            have NaN, so that all have the same entries, as `CSVLogger` needs.
+        per_head: whether to enter what has a value for each head (entropy, sparsity, s, b and
+            the weight on a key) for each, `attention/block_1/head_0/entropy`, rather than its
+            mean over the heads.
+        sink_threshold: of `sink_rate`.
+        key_index, query_index: of `weight_on`. With a `key_index`, the weight on that key,
+            averaged over the batch, is entered as well, as `weight_on_key`.
+
+    Raises:
+        ValueError: for an unknown measure, or an `every` that is not a positive integer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_ssattn
+    >>> model = keras_ssattn.build(embed_dim=8, hidden_size=8, num_heads=2, num_layers=1)
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.random.normal(size=(16, 60, 8)), np.zeros((16, 8))
+    >>> statistics = keras_ssattn.analysis.AttentionStatistics(x[:2])
+    >>> history = model.fit(x, y, callbacks=[statistics], verbose=0).history
+    >>> sorted(history)[:2]
+    ['attention/ssmax_block_1/entropy', 'attention/ssmax_block_1/kurtosis']
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        measures: Iterable[str] = DEFAULT,
+        *,
+        every: int = 1,
+        per_head: bool = False,
+        sink_threshold: float = 0.3,
+        key_index: Any = None,
+        query_index: Any = None,
+    ) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.measures = (measures,) if isinstance(measures, str) else tuple(measures)
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if unknown or not self.measures:
+            raise ValueError(
+                f"`measures` must be one or more of {MEASURES}. Received: {self.measures}"
+            )
+        self.every = check_positive("every", every)
+        self.per_head = per_head
+        self.sink_threshold = sink_threshold
+        self.key_index = key_index
+        self.query_index = query_index
+        self._entries: list[str] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._entries = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if epoch % self.every == 0 or not self._entries:
+            values = self.measure()
+            self._entries = list(values)
+        else:
+            values = dict.fromkeys(self._entries, math.nan)
+        if logs is not None:
+            logs.update(values)
+
+    def measure(self) -> dict[str, float]:
+        """The entries for the model as it is."""
+        values: dict[str, float] = {}
+        for name, by_layer in self._measure(record(self.model, self.inputs)).items():
+            for layer, value in by_layer.items():
+                value = np.asarray(ops.convert_to_numpy(value), "float64")
+                if self.per_head and value.ndim:
+                    for head in range(value.shape[-1]):
+                        entry = f"attention/{layer}/head_{head}/{name}"
+                        values[entry] = _mean(value[..., head])
+                else:
+                    values[f"attention/{layer}/{name}"] = _mean(value)
+        return values
+
+    def _measure(self, recording: Recording) -> dict[str, dict[str, Any]]:
+        """For each measure and layer, a value, or `[H]` or `[B, H]`."""
+        of_weights: dict[str, Callable] = {
+            "entropy": functions.attention_entropy,
+            "sink_rate": partial(functions.sink_rate, threshold=self.sink_threshold),
+            "sparsity": functions.sparsity,
+        }
+        of_states = {"kurtosis": functions.kurtosis, "max_activation": functions.max_activation}
+        results: dict[str, dict[str, Any]] = {}
+        for name in self.measures:
+            if name in of_weights:
+                maps = recording.attention.items()
+                results[name] = {layer: of_weights[name](*x) for layer, x in maps}
+            elif name in of_states:
+                states = recording.hidden.items()
+                results[name] = {layer: of_states[name](*x) for layer, x in states}
+            else:
+                results[name] = learned_scale(self.model, name)
+        if self.key_index is not None:
+            results["weight_on_key"] = {
+                layer: functions.weight_on(x.weights, self.key_index, self.query_index, x.mask)
+                for layer, x in recording.attention.items()
+            }
+        return results
+
+
+def _mean(x: np.ndarray) -> float:
+    """The mean of what could be measured."""
+    measured = x[~np.isnan(x)]
+    return float(measured.mean()) if measured.size else math.nan

@@ -1,0 +1,55 @@
+"""The learned length scales of a model."""
+
+import re
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_ssattn.analysis._names import layer_name
+from keras_ssattn.layers._config import check_choice
+
+
+def learned_scale(model: Any, parameter: str = "s") -> dict[str, np.ndarray]:
+    r"""The learned s, or b, of :math:`s \log n + b`, by layer and head.
+
+    Of every SSMax and every other normalizer with a `LogLengthScale`, in attention layers and by
+    itself, from the weights alone. In a callback during `fit`, it is that of the moment.
+
+    Args:
+        model: a Keras model, or layer, that is built.
+        parameter: `"s"` or `"b"`.
+
+    Returns:
+        A dictionary from the name of the layer, as in `record`, to a float32 array: `[H]` in
+        attention, `[]` for a normalizer by itself. Layers without the parameter are not in it.
+
+    Raises:
+        ValueError: for a model that is not built, or another parameter.
+
+    Example:
+
+    >>> import keras_ssattn
+    >>> model = keras_ssattn.build(embed_dim=8, hidden_size=8, num_heads=2, num_layers=1)
+    >>> s = keras_ssattn.analysis.learned_scale(model)
+    >>> s["ssmax_block_1"].tolist()
+    [1.0, 1.0]
+
+    Reference: Nakanishi, arXiv 2501.19399.
+    """
+    check_choice("parameter", parameter, ("s", "b"))
+    if not model.built:
+        raise ValueError(
+            "`model` must be built: call it on a batch first. Received: "
+            f"{type(model).__name__} named {model.name!r}, which has no weights yet"
+        )
+    if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
+        model.jax_state_sync()
+    found: dict[str, np.ndarray] = {}
+    for weight in model.weights:
+        # the attention layer's, or the path of a normalizer by itself
+        match = re.fullmatch(rf"(.*?)(/normalizer)?/length_scale/{parameter}", weight.path)
+        if match:
+            name = layer_name(match[1], model, found)
+            found[name] = np.array(ops.convert_to_numpy(weight.value), "float32")
+    return found

@@ -1,0 +1,111 @@
+"""What an attention layer of Keras becomes: its options as those of this package's."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ssattn.layers import MultiHeadAttention, SSMax, normalizers
+from keras_ssattn.layers._config import serialize_options
+
+SAME_OPTIONS = (
+    "name", "trainable", "dtype", "dropout", "use_bias", "sliding_window", "seed",
+    "kernel_initializer", "bias_initializer", "kernel_regularizer", "bias_regularizer",
+    "kernel_constraint", "bias_constraint",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrofit:
+    """What the attention of a model is to become; see `convert_attention`."""
+
+    normalizer: Any
+    train_length: int | None = None
+    causal: bool = True
+
+    def normalizer_for(self, window: int | None) -> Any:
+        """The normalizer of an attention layer with that sliding window."""
+        if self.train_length is None:
+            return self.normalizer
+        return SSMax(init_s=start_of_s(self.train_length, self.causal, window))
+
+    def get_config(self) -> dict[str, Any]:
+        normalizer = self.normalizer
+        if not isinstance(normalizer, str):
+            normalizer = serialize_options(normalizer)
+        return {
+            "normalizer": normalizer,
+            "train_length": self.train_length,
+            "causal": self.causal,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Retrofit":
+        normalizer = config["normalizer"]
+        if not isinstance(normalizer, str):
+            normalizer = normalizers.get(normalizer)
+        return cls(**{**config, "normalizer": normalizer})
+
+
+def start_of_s(train_length: int, causal: bool, window: int | None) -> float:
+    """1 / mean(log n) over the numbers n of keys that `train_length` queries see."""
+    position = np.arange(1, train_length + 1)
+    reach = train_length if window is None else window
+    last = position if causal else np.minimum(position + reach - 1, train_length)
+    n = last - np.maximum(position - reach, 0)
+    mean = float(np.mean(np.log(n)))
+    return 1.0 if mean == 0 else 1.0 / mean  # with a window of 1, s has no effect
+
+
+def _from_multi_head(layer: Any, retrofit: Retrofit) -> MultiHeadAttention:
+    return MultiHeadAttention.from_config(multi_head_options(layer, retrofit))
+
+
+def multi_head_options(layer: Any, retrofit: Retrofit) -> dict[str, Any]:
+    """The options of a `keras.layers.MultiHeadAttention`, as those of this package's."""
+    config = layer.get_config()
+    sizes = ("num_heads", "key_dim", "value_dim", "output_shape")
+    return {**_same_options(config, retrofit), **{name: config[name] for name in sizes}}
+
+
+def _from_grouped(layer: Any, retrofit: Retrofit) -> MultiHeadAttention:
+    config = layer.get_config()
+    sizes = {
+        "num_heads": config["num_query_heads"],
+        "num_kv_heads": config["num_key_value_heads"],
+        "key_dim": config["head_dim"],
+    }
+    return MultiHeadAttention.from_config({**_same_options(config, retrofit), **sizes})
+
+
+def _same_options(config: dict[str, Any], retrofit: Retrofit) -> dict[str, Any]:
+    normalizer = retrofit.normalizer_for(config.get("sliding_window"))  # Keras 3.9 has none
+    options = {name: config[name] for name in SAME_OPTIONS if name in config}
+    return {**options, "normalizer": normalizer}
+
+
+SUBSTITUTES = {
+    keras.layers.MultiHeadAttention: _from_multi_head,
+    keras.layers.GroupQueryAttention: _from_grouped,
+}
+
+
+def refusal_of_options(layer: Any) -> str | None:
+    """Which option of a Keras attention layer this package's lacks, or `None`."""
+    config = layer.get_config()
+    shapes = (layer.get_build_config() or {}).get("shapes_dict", {})
+    shapes = [tuple(shape) for shape in shapes.values() if shape is not None]
+    axes = config.get("attention_axes")
+    if any(len(shape) != 3 for shape in shapes):
+        return f"inputs of shapes {shapes}, not [batch, time, features]"
+    if axes is not None and tuple(axes) != (1,):
+        return f"attention_axes={axes}"
+    if config.get("use_gate"):
+        return "use_gate=True"
+    if config["activity_regularizer"] is not None:
+        return "an activity_regularizer"
+    # Keras leaves it out of the configuration
+    if vars(layer).get("_flash_attention") and not keras.config.is_flash_attention_enabled():
+        return "flash_attention=True"
+    return None
