@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "generation.py"
 
 
