@@ -162,6 +162,47 @@ def test_compiled_with_unknown_lengths(normalizer, causal, implementation, rng):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("visibility", ["mask", "column", "key_mask", "segment_ids"])
+@pytest.mark.parametrize(("normalizer", "jit_compile"), [("ssmax", True), ("softpick", False)])
+def test_any_visibility_with_unknown_lengths(normalizer, jit_compile, visibility, backend, rng):
+    """Of a mask, also which of its axes are one to broadcast is unknown."""
+    if backend != "tensorflow":
+        pytest.skip("the other backends know the lengths")
+    import tensorflow as tf
+
+    name = "mask" if visibility == "column" else visibility
+    case = {"causal": visibility != "mask", "window": 9 if visibility == "key_mask" else None}
+
+    def attend(query, key, value, x, implementation="auto"):
+        options = {**case, name: x, "implementation": implementation}
+        return ops.attention(query, key, value, normalizer, **options)
+
+    graph = None
+    for length in (37, 5)[: 1 if jit_compile else 2]:
+        x = {
+            "mask": rng.random((2, 4, length, length)) < 0.6,
+            "column": rng.random((2, 1, length, 1)) < 0.6,
+            "key_mask": rng.random((2, length)) < 0.6,
+            "segment_ids": np.sort(rng.integers(0, 3, (2, length))),
+        }[visibility]
+        arrays = [tf.constant(x) for x in inputs(rng, length, length)]
+        graph = graph or tf.function(
+            attend,
+            [tf.TensorSpec((None, None, *y.shape[2:])) for y in arrays]
+            + [tf.TensorSpec([None] * x.ndim, x.dtype)],
+            jit_compile=jit_compile,
+        )
+        of_oracle = {name: (x, x) if name == "segment_ids" else x}
+        expected = oracle.attention(*map(to_numpy, arrays), normalizer, **case, **of_oracle)
+        assert relative_error(to_numpy(graph(*arrays, x)), expected) < 2e-6
+        cotangent = rng.normal(size=expected.shape).astype("float32")
+        functions = functools.partial(attend, implementation="dense"), graph
+        pair = [gradients(lambda *a, f=f, x=x: f(*a, x), arrays, cotangent) for f in functions]
+        for reference, gradient in zip(*pair, strict=True):
+            assert relative_error(gradient, reference) < 5e-6
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_traced_by_torch_compile(backend, rng):
     """Graphs and guards of PyTorch's compiler, without the code that it would generate."""
     if backend != "torch":

@@ -71,11 +71,12 @@ def attention(
             `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
             the backward pass; it skips tiles that `causal` and `window` hide. It has a second
             derivative on JAX only. `"fused"` calls `keras.ops.dot_product_attention`, for
-            softmax and ssmax on PyTorch, where that is a fused kernel; elsewhere, and with masks
-            on Keras before 3.14, it raises. `"auto"` takes `"fused"` where it is available and
+            softmax and ssmax, where that is a fused kernel: on PyTorch, and without masks beyond
+            causality on JAX with a GPU, in half precision, where cuDNN has one; elsewhere, and
+            with masks on Keras before 3.14, it raises. `"auto"` takes `"fused"` on PyTorch, if it
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
-            `T * S` passes 2^19 (724 x 724); else, and for a length that is unknown until a
-            TensorFlow graph runs, `"dense"`.
+            `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
+            input is then one tile); else `"dense"`.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -107,9 +108,10 @@ def attention(
         )
     if implementation == "fused" and not fused.is_available(kernel, visibility):
         raise ValueError(
-            'implementation="fused" serves softmax and ssmax on the torch backend, with masks from '
-            f"Keras 3.14 on. Received: normalizer={normalizer!r} on the "
-            f"{keras.backend.backend()} backend, Keras {keras.version()}"
+            'implementation="fused" serves softmax and ssmax: on the torch backend, with masks '
+            "from Keras 3.14 on, and on JAX with a GPU, without masks beyond causality. Received: "
+            f"normalizer={normalizer!r} on the {keras.backend.backend()} backend, Keras "
+            f"{keras.version()}"
         )
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
     if keras.utils.is_keras_tensor(query):  # only the shape is asked for
@@ -117,12 +119,11 @@ def attention(
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
     size = ops.shape(query)[1] * ops.shape(key)[1]
-    if fused.is_available(kernel, visibility) and (
-        not fused.needs_mask(visibility) or size <= MASKED_UP_TO
-    ):
+    may_fuse = keras.backend.backend() == "torch" and fused.is_available(kernel, visibility)
+    if may_fuse and (not fused.needs_mask(visibility) or size <= MASKED_UP_TO):
         return fused.attention(*arguments)
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
-    is_long = isinstance(size, int) and size > DENSE_UP_TO
+    is_long = size > DENSE_UP_TO if isinstance(size, int) else ops.is_tensor(size)
     return (tiled if is_long else dense).attention(*arguments)
 
 

@@ -108,14 +108,14 @@ class Band:
         return visible
 
     def _mask_tile(self, i: Any, j: Any) -> Any:
-        batch, num_heads, groups = ops.shape(self.mask)[:3]
-        length, key_length = self.mask.shape[3:]
+        batch, num_heads = ops.shape(self.mask)[:2]
+        groups, length, key_length = self.mask.shape[2:]
         rows, row = (1, 0) if length == 1 else (self.query_size, i * self.query_size)
         columns, column = (1, 0) if key_length == 1 else (self.key_size, j * self.key_size)
         tile = ops.slice(
             self.mask, (0, 0, 0, row, column), (batch, num_heads, groups, rows, columns)
         )
-        if self.groups == 1 or rows == 1 == groups:
+        if self.groups == 1 or length == 1 == groups:
             return ops.reshape(tile, (batch, num_heads, rows, columns))
         tile = ops.broadcast_to(tile, (batch, num_heads, self.groups, self.query_size, columns))
         return ops.reshape(tile, (batch, num_heads, -1, columns))

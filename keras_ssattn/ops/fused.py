@@ -13,9 +13,21 @@ TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 
 
 def is_available(kernel: str, visibility: dict) -> bool:
     """Whether a fused kernel serves these arguments, exactly."""
-    if kernel != "softmax" or keras.backend.backend() != "torch":
+    if kernel != "softmax":
         return False
-    return TORCH_TAKES_BIAS or not needs_mask(visibility)
+    if keras.backend.backend() == "torch":
+        return TORCH_TAKES_BIAS or not needs_mask(visibility)
+    return flash_only() and not needs_mask(visibility)
+
+
+def flash_only() -> bool:
+    """Whether to ask for flash attention: on JAX with a GPU, where else all weights are computed.
+
+    Not on a TPU: there Keras makes a `T x S` mask, and takes that of one row for the whole batch.
+    """
+    if keras.backend.backend() != "jax":
+        return False
+    return keras.distribution.list_devices()[0].split(":")[0] in ("gpu", "cuda", "rocm")
 
 
 def needs_mask(visibility: dict) -> bool:
@@ -44,7 +56,12 @@ def attention(
     query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
     if not needs_mask(visibility):
         out = ops.dot_product_attention(
-            query, key, value, scale=scale, is_causal=visibility["causal"]
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=visibility["causal"],
+            flash_attention=flash_only() or None,  # it raises if the kernel cannot serve them
         )
         return ops.cast(out, dtype)
     visible = visible_keys(query_length, key_length, **visibility)

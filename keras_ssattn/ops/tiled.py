@@ -30,9 +30,6 @@ def attention(
     """
     kernel = kernels.get(normalizer, epsilon)
     groups = query.shape[2] // key.shape[2]
-    length, key_length = ops.shape(query)[1], ops.shape(key)[1]
-    query_size = _tile_size(length, max(QUERY_TILE // groups, 1))
-    key_size = _tile_size(key_length, KEY_TILE)
     key_mask = visibility["key_mask"]
     if key_mask is not None and kernel.absent == 0:
         # a key of zeros has the logit 0, which such a kernel ignores
@@ -40,21 +37,13 @@ def attention(
     arrays = (widen(query) * scale * kernel.query_scale, key, value)
     if "float64" in (dtype_of(x) for x in arrays):
         arrays = tuple(ops.cast(x, "float64") for x in arrays)
-    key_count = tiles.count_of(key_length, key_size)
-    exact = isinstance(key_length, int) and key_length == key_count * key_size
     make_band = functools.partial(
-        Band,
-        query_size,
-        key_size,
-        key_count=key_count,
-        key_length=None if exact or kernel.absent == 0 else key_length,
-        groups=groups,
-        causal=visibility["causal"],
-        window=visibility["window"],
+        _make_band, kernel, groups, causal=visibility["causal"], window=visibility["window"]
     )
+    query_size, key_size = _tile_sizes(query, key, groups)
     tensors = {
         "query_offset": ops.convert_to_tensor(visibility["query_offset"], "int32"),
-        "mask": _mask_by_group(visibility["mask"], groups, query_size, key_size),
+        "mask": _mask_by_group(visibility["mask"], query, key, query_size, key_size),
         "key_mask": None if key_mask is None else _split_vector(key_mask, key_size),
         "query_segments": None,
         "key_segments": None,
@@ -68,27 +57,26 @@ def attention(
         del tensors["query_offset"]
         make_band = functools.partial(make_band, query_offset=visibility["query_offset"])
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    attend = _with_gradient(kernel, make_band, tuple(tensors), query_size, key_size, groups)
+    attend = _with_gradient(kernel, make_band, tuple(tensors), groups)
     return ops.cast(attend(*arrays, *tensors.values()), dtype_of(value))
 
 
-def _with_gradient(
-    kernel: Any, make_band: Any, names: tuple[str, ...], query_size: int, key_size: int, groups: int
-) -> Any:
+def _with_gradient(kernel: Any, make_band: Any, names: tuple[str, ...], groups: int) -> Any:
     """The function of query, key, value, and of the named tensors of a band.
 
     JAX wants every tensor to be an argument: it may not be closed over. Cutting into tiles is
-    inside, because TensorFlow's gradient of it fails under XLA where lengths are unknown.
+    inside, and the backward pass makes the band anew, because under XLA TensorFlow knows sizes
+    that are unknown until the graph runs from the shapes of what a function is given alone.
     """
 
     @ops.custom_gradient
     def attend(query: Any, key: Any, value: Any, *tensors: Any) -> tuple[Any, Any]:
-        length, key_length = ops.shape(query)[1], ops.shape(key)[1]
-        band = make_band(**dict(zip(names, tensors, strict=True)))
+        of_band = dict(zip(names, tensors, strict=True))
+        band = make_band(query, key, **of_band)
         stacks = (
-            tiles.split(query, query_size, groups),
-            tiles.split(key, key_size),
-            tiles.split(value, key_size),
+            tiles.split(query, band.query_size, groups),
+            tiles.split(key, band.key_size),
+            tiles.split(value, band.key_size),
         )
         out, *sums = tiled_passes.forward(*stacks, kernel, band)
         kept = (*stacks, out, *sums)
@@ -97,8 +85,10 @@ def _with_gradient(
             upstream = args[0] if upstream is None else upstream
             if tiles.runs_eagerly():  # what follows is never differentiated: keep nothing for it
                 upstream = ops.stop_gradient(upstream)
-            upstream = tiles.split(upstream, query_size, groups)
+            band = make_band(query, key, **of_band)
+            upstream = tiles.split(upstream, band.query_size, groups)
             dq, dk, dv = tiled_passes.backward(kept, upstream, kernel, band)
+            length, key_length = ops.shape(query)[1], ops.shape(key)[1]
             return (
                 _final(tiles.merge(dq, length, groups), query),
                 _final(tiles.merge(dk, key_length), key),
@@ -106,9 +96,19 @@ def _with_gradient(
                 *(None for _ in names),
             )
 
-        return tiles.merge(out, length, groups), gradient
+        return tiles.merge(out, ops.shape(query)[1], groups), gradient
 
     return attend
+
+
+def _make_band(kernel: Any, groups: int, query: Any, key: Any, **options: Any) -> Band:
+    """The band of a query and a key; see there for its options."""
+    query_size, key_size = _tile_sizes(query, key, groups)
+    length = ops.shape(key)[1]
+    count = tiles.count_of(length, key_size)
+    exact = isinstance(length, int) and length == count * key_size
+    length = None if exact or kernel.absent == 0 else length
+    return Band(query_size, key_size, count, length, groups, **options)
 
 
 def _final(gradient: Any, x: Any) -> Any:
@@ -133,8 +133,18 @@ def _final(gradient: Any, x: Any) -> Any:
     return mark(gradient, x)
 
 
-def _tile_size(length: Any, most: int) -> int:
-    return min(most, max(-(-length // 8), 1) * 8) if isinstance(length, int) else most
+def _tile_sizes(query: Any, key: Any, groups: int) -> tuple[Any, Any]:
+    length, key_length = ops.shape(query)[1], ops.shape(key)[1]
+    return _tile_size(length, max(QUERY_TILE // groups, 1)), _tile_size(key_length, KEY_TILE)
+
+
+def _tile_size(length: Any, most: int) -> Any:
+    """One tile for a short input, which is padded to a multiple of 8; a tensor if it is unknown."""
+    if isinstance(length, int):
+        return min(most, max(-(-length // 8), 1) * 8)
+    if ops.is_tensor(length):
+        return ops.minimum(ops.maximum(-(-length // 8), 1) * 8, most)
+    return most  # of a symbol
 
 
 def _split_vector(x: Any, size: int) -> Any:
@@ -143,12 +153,19 @@ def _split_vector(x: Any, size: int) -> Any:
     return ops.cast(ops.swapaxes(stack, -1, -2), x.dtype)
 
 
-def _mask_by_group(mask: Any, groups: int, query_size: int, key_size: int) -> Any:
+def _mask_by_group(mask: Any, query: Any, key: Any, query_size: Any, key_size: Any) -> Any:
     """`[B|1, H|1, T|1, S|1]` as `[B|1, K|1, G|1, T|1, S|1]`, T and S padded to whole tiles."""
     if mask is None:
         return None
-    batch, num_heads, length, key_length = ops.shape(mask)
-    heads = (1, 1) if mask.shape[1] == 1 else (num_heads // groups, groups)
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    heads = (1, 1) if mask.shape[1] == 1 else (num_kv_heads, num_heads // num_kv_heads)
+    if None in mask.shape[1:]:  # an axis of unknown size may be one to broadcast
+        sizes = num_heads, ops.shape(query)[1], ops.shape(key)[1]
+        pairs = zip(mask.shape[1:], sizes, strict=True)
+        mask = ops.broadcast_to(
+            mask, (ops.shape(mask)[0], *(n if size is None else size for size, n in pairs))
+        )
+    batch, _, length, key_length = ops.shape(mask)
     mask = ops.reshape(mask, (batch, *heads, length, key_length))
     for axis, size in ((3, query_size), (4, key_size)):
         if mask.shape[axis] == 1:

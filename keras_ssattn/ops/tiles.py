@@ -41,8 +41,8 @@ def split(x: Any, size: int, groups: int = 1) -> Any:
 
 def merge(x: Any, length: Any, groups: int = 1) -> Any:
     """The inverse of `split`: a stack `[n, B, K, groups * size, D]` to `[B, T, K * groups, D]`."""
-    count, batch = ops.shape(x)[:2]
-    num_heads, rows, width = x.shape[2:]
+    count, batch, _, rows, _ = ops.shape(x)
+    num_heads, width = x.shape[2], x.shape[4]
     x = ops.reshape(x, (count, batch, num_heads, groups, rows // groups, width))
     x = ops.transpose(x, (1, 0, 4, 2, 3, 5))
     x = ops.reshape(x, (batch, -1, num_heads * groups, width))
