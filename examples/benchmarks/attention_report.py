@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = {"tensorflow": "TensorFlow (XLA)", "jax": "JAX", "torch": "PyTorch"}
 NORMALIZERS = {"ssmax": "C0", "softpick": "C1", "rectified_softpick": "C2"}
+LONGEST = 131072  # measured alone: all weights would be hundreds of GiB
 REFERENCE = "keras.ops.dot_product_attention"
 MEASURES = {"seconds": "seconds, forward + backward", "gibibytes": "peak GiB above the inputs"}
 
@@ -96,6 +97,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_alone(folder: pathlib.Path, length: int) -> str:
+    """Memory of a pass that was measured alone, at a greater length, as Markdown."""
+    paths = {b: folder / f"attention-{length}-{b}.json" for b in BACKENDS}
+    results = {b: json.loads(path.read_text()) for b, path in paths.items() if path.exists()}
+    lines = [f"| T = {length:,} | " + " | ".join(BACKENDS[b] for b in results) + " |"]
+    lines.append("|---" * (len(results) + 1) + "|")
+    for normalizer in NORMALIZERS:
+        rows = [rows_of(result, f"{normalizer}, tiled")[-1] for result in results.values()]
+        cells = [f"{row['gibibytes']:.2f} GiB" for row in rows]
+        lines.append(f"| `{normalizer}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Plots and prints what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,6 +120,8 @@ def main() -> None:
         raise SystemExit(f"no attention-BACKEND.json in {folder}: run attention.py first")
     plot(results, folder / "attention.png")
     print(table(results))
+    print()
+    print(table_alone(folder, LONGEST))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,40 @@ def report_language_model(folder: pathlib.Path, name: str) -> str:
     )
 
 
+def report_length_scale(folder: pathlib.Path, name: str) -> str:
+    """The p[n] that each layer learned, and the best a1 log n + a2."""
+    runs = [run for arm in load(folder / name).values() for run in arm]
+    if not runs:
+        return ""
+    layers = list(runs[0]["learned_scales"])
+    figure, axes = plt.subplots(
+        1, len(layers), figsize=(3.4 * len(layers), 3), sharey=True, squeeze=False
+    )
+    rows = []
+    for layer, axis in zip(layers, axes[0], strict=True):
+        fits = []
+        for i, run in enumerate(runs):
+            p = np.array(run["learned_scales"][layer])[2:]  # of one key p has no effect
+            n = np.arange(2, len(p) + 2)
+            fit = np.polyfit(np.log(n), p, 1)
+            error = p - np.polyval(fit, np.log(n))
+            fits.append([*fit, 1 - error.var() / p.var()])
+            axis.plot(n, p, ".", markersize=2, color=f"C{i}")
+            axis.plot(n, np.polyval(fit, np.log(n)), color=f"C{i}", label=f"seed {run['seed']}")
+        axis.set(xscale="log", xlabel="n", title=layer.split("/")[0])
+        columns = zip(*fits, strict=True)
+        rows.append([f"`{layer.split('/')[0]}`", *(spread(list(x)) for x in columns)])
+    axes[0, 0].set_ylabel("p[n]")
+    axes[0, 0].legend(fontsize=7)
+    save(figure, folder / f"{name}.png")
+    validation = spread([run["validation"] for run in runs], ".3f")
+    return (
+        f"{about({name: runs})} Validation loss {validation}.\n\n"
+        f"{table(['', 'a1', 'a2', 'share of the variance explained'], rows)}\n\n"
+        f"![p by n]({folder.name}/{name}.png)\n"
+    )
+
+
 def save(figure: Any, path: pathlib.Path) -> None:
     """Writes a plot."""
     figure.tight_layout()
@@ -150,8 +184,8 @@ def save(figure: Any, path: pathlib.Path) -> None:
 
 SECTIONS = {
     "retrieval": ("Key-value retrieval", report_retrieval),
-    "retrieval_rotary": ("Key-value retrieval with partial rotary positions", report_retrieval),
     "language_model": ("Language modelling", report_language_model),
+    "length_scale": ("A learned p[n] in place of s log n", report_length_scale),
 }
 
 
