@@ -23,6 +23,8 @@ from keras_ssattn.models.configurations import CONFIGURATIONS
         ({"padding_id": 13}, "`padding_id` must be a token.*padding_id=13"),
         ({"dropout": 1.0}, r"`dropout` must be a number in \[0, 1\)"),
         ({"norm": "batch"}, "`norm` must be one of"),
+        ({"ffn_expansion": "4"}, "`ffn_expansion` must be a positive number or None.*'4'"),
+        ({"ffn_expansion": True}, "`ffn_expansion` must be a positive number or None.*True"),
         ({"remat": True, "dropout": 0.1}, "`remat` would draw dropout anew"),
     ],
 )
@@ -102,6 +104,30 @@ def test_padding_takes_no_part_in_loss_or_attention():
     expected = predict(model, text)
     np.testing.assert_allclose(predict(model, padded)[:, :9], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(predict(model, left)[:, 4:], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ignore_class", [None, 0])
+def test_padding_after_a_text_is_a_target_unless_the_loss_ignores_it(ignore_class):
+    model, text = language_model(padding_id=0), tokens(1, 5)
+    padded = np.pad(text, ((0, 0), (0, 3)))
+    options = {"from_logits": True, "ignore_class": ignore_class}
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(**options))
+    loss = model.evaluate(padded[:, :-1], padded[:, 1:], verbose=0)
+    logits = predict(model, text)[0].astype("float64")
+    logits -= np.logaddexp.reduce(logits, -1, keepdims=True)
+    losses = -logits[np.arange(5), padded[0, 1:6]]
+    expected = losses.mean() if ignore_class is None else losses[:4].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_token_ids_that_come_as_floats_are_not_rounded_to_half():
+    model = CausalLM(600, 12, 1, 2, dtype="mixed_bfloat16")
+    ids = np.array([[257, 511, 599]])
+    inputs = keras.Input((None,))
+    outer = keras.Model(inputs, model(inputs))
+    expected = predict(model, ids)
+    np.testing.assert_array_equal(predict(outer, ids.astype("float32")), expected)
+    np.testing.assert_array_equal(predict(model, ids.astype("float32")), expected)
 
 
 def test_packed_texts_do_not_see_each_other():

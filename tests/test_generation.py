@@ -30,6 +30,25 @@ def test_padding_in_a_prompt_and_among_new_tokens_is_not_seen():
     assert_greedy(model, prompts, generated)
 
 
+def test_padding_at_the_end_of_a_prompt_is_left_out():
+    model = make("padding")
+    padded = np.array([[3, 0, 4, 0, 0], [9, 2, 7, 5, 0]])
+    expected = model.generate([[3, 0, 4], [9, 2, 7, 5]], 5)
+    np.testing.assert_array_equal(model.generate(padded, 5), expected)
+    with pytest.raises(ValueError, match="`prompts` must have a token that is no padding"):
+        model.generate([[3], [0, 0]], 5)
+
+
+def test_ragged_prompts(backend):
+    if backend != "tensorflow":
+        pytest.skip("of TensorFlow")
+    import tensorflow as tf
+
+    model = language_model(num_layers=1)
+    expected = model.generate(PROMPTS, 4)
+    np.testing.assert_array_equal(model.generate(tf.ragged.constant(PROMPTS), 4), expected)
+
+
 def test_generates_with_the_weights_of_the_moment():
     model = language_model()
     before = model.generate(PROMPTS, 8)
@@ -139,6 +158,14 @@ def test_one_compiled_function_serves_every_temperature():
     assert len(model.generators.functions) == 1
 
 
+def test_functions_of_variables_that_the_model_had_are_let_go():
+    model = language_model(num_layers=1)
+    model.generate(PROMPTS, 2)
+    model.quantize("int8")
+    assert_greedy(model, PROMPTS, model.generate(PROMPTS, 2))
+    assert len(model.generators.functions) == 1
+
+
 def test_generates_in_a_callback():
     model, text, found = language_model(num_layers=1), tokens(), []
     callback = keras.callbacks.LambdaCallback(
@@ -168,6 +195,8 @@ def test_generates_in_a_callback():
         ({"prompts": 5}, TypeError, "`prompts` must be rows of token ids.*5"),
         ({"prompts": [[1, [2]]]}, TypeError, "`prompts` must be rows of token ids"),
         ({"seed": -1}, ValueError, "`seed` must be an integer, 0 or more, or None.*-1"),
+        ({"seed": True}, ValueError, "`seed` must be an integer, 0 or more, or None.*True"),
+        ({"stop_tokens": 5}, TypeError, "`stop_tokens` must be token ids.*stop_tokens=5"),
         ({"stop_tokens": [99]}, ValueError, "`stop_tokens` must be from 0 to 12"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checks of constructor arguments, and the configuration that layers share."""
 
+import math
 import numbers
 import re
 import weakref
@@ -46,6 +47,17 @@ def check_rate(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+
+
+def check_expansion(value: Any) -> float | None:
+    """Returns `value`, a positive number, as a `float`, or `None`, or raises."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError(
+            f"`ffn_expansion` must be a positive number or None. Received: ffn_expansion={value!r}"
+        )
+    return float(value)
 
 
 class StrictLoading(keras.layers.Layer):

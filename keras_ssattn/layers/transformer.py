@@ -1,6 +1,5 @@
 """A transformer block around attention with a choice of normalizer."""
 
-import numbers
 from typing import Any
 
 import keras
@@ -9,6 +8,7 @@ from keras_ssattn.layers import normalizers
 from keras_ssattn.layers._config import (
     NoWeights,
     check_choice,
+    check_expansion,
     check_groups,
     check_positive,
     check_rate,
@@ -110,7 +110,7 @@ class TransformerBlock(keras.layers.Layer):
         check_choice("norm", norm, tuple(NORMS))
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_rate("dropout", dropout)
-        _check_expansion(ffn_expansion)
+        ffn_expansion = check_expansion(ffn_expansion)
         normalizer = normalizers.get_for_attention(normalizer)
         super().__init__(**kwargs)
         self.supports_masking = True
@@ -298,14 +298,3 @@ class TransformerBlock(keras.layers.Layer):
             "use_bias": self.use_bias,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
-
-
-def _check_expansion(value: Any) -> None:
-    if value is not None and (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not 0 < float(value) < float("inf")
-    ):
-        raise ValueError(
-            f"`ffn_expansion` must be a positive number or None. Received: ffn_expansion={value!r}"
-        )

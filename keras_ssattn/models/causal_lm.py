@@ -10,6 +10,7 @@ from keras import ops
 from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
 from keras_ssattn.layers._config import (
     check_choice,
+    check_expansion,
     check_groups,
     check_heads,
     check_positive,
@@ -31,8 +32,10 @@ class CausalLM(keras.Model):
 
     A token embedding, `num_layers` pre-norm `TransformerBlock`s with RMS normalization and a
     gated feed-forward network, a final normalization and a head. Train it with Keras's own
-    `compile` and `fit`, targets shifted by one; with `padding_id`, padding takes no part in
-    attention, in n, or, as Keras does for any mask, in the loss.
+    `compile` and `fit`, targets shifted by one. With `padding_id`, padding takes no part in
+    attention or in n, and as Keras does for any mask, the loss leaves out positions whose token
+    is padding. What follows the last token of a text is padding, too: a target that ends the
+    text, unless the loss has `ignore_class=padding_id`.
 
     Args:
         vocabulary_size: V, number of tokens.
@@ -52,7 +55,7 @@ class CausalLM(keras.Model):
         **kwargs: of `keras.Model`.
 
     Call arguments:
-        tokens: integers `[B, T]`.
+        tokens: integers `[B, T]`, or floats that are, as of a `keras.Input` without a dtype.
         mask: boolean `[B, T]`, False at padding. Defaults to `tokens != padding_id`.
         segment_ids: integers `[B, T]` of texts packed into one row, as in `MultiHeadAttention`.
         training: whether dropout applies.
@@ -117,7 +120,8 @@ class CausalLM(keras.Model):
                 "`remat` would draw dropout anew in the backward pass. Received: "
                 f"remat={remat}, dropout={dropout}"
             )
-        super().__init__(**kwargs)
+        # token ids that come as floats would be rounded to half precision
+        super().__init__(**{"autocast": False, **kwargs})
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
         self.hidden_size = hidden_size
@@ -131,7 +135,7 @@ class CausalLM(keras.Model):
         self.sliding_window = sliding_window
         self.qk_norm = bool(qk_norm)
         self.ffn_type = ffn_type
-        self.ffn_expansion = None if ffn_expansion is None else float(ffn_expansion)
+        self.ffn_expansion = check_expansion(ffn_expansion)
         self.norm = norm
         self.use_bias = bool(use_bias)
         self.dropout = float(dropout)

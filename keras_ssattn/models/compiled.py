@@ -35,17 +35,21 @@ def compile_function(function: Callable, variables: list[Any]) -> Callable:
 
 
 class CompiledFunctions:
-    """Functions compiled for a model, by their options and by the variables that they read.
+    """Functions compiled for a model, by their options, for the variables that it has now.
 
     An object that is no dictionary: those that belong to a model Keras and TensorFlow save.
     """
 
     def __init__(self) -> None:
         self.functions: dict[Any, Callable] = {}
+        self.variables: list[Any] = []
 
     def get(self, options: Any, make: Callable, variables: list[Any]) -> Callable:
         """The one of these options, compiled from what `make()` returns if there is none."""
-        key = (options, *(id(v) for v in variables))  # to quantize a model changes its variables
-        if key not in self.functions:
-            self.functions[key] = compile_function(make(), variables)
-        return self.functions[key]
+        if [id(v) for v in variables] != [id(v) for v in self.variables]:
+            # as after quantization: those of the variables before would keep them in memory
+            self.functions.clear()
+            self.variables = list(variables)
+        if options not in self.functions:
+            self.functions[options] = compile_function(make(), variables)
+        return self.functions[options]

@@ -4,7 +4,6 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -32,7 +31,8 @@ def generate(
 
     Args:
         model: a `CausalLM`.
-        prompts: token ids: a list of lists of any lengths above 0, or integers `[B, T]`.
+        prompts: token ids: a list of lists of any lengths above 0, or integers `[B, T]`. Of a
+            model with `padding_id`, padding at the end of a prompt is left out.
         max_new_tokens: the most tokens to generate for each.
         temperature: 0 takes the likeliest token; above, tokens are drawn from
             `softmax(logits / temperature)`.
@@ -62,11 +62,17 @@ def generate(
     """
     check_positive("max_new_tokens", max_new_tokens)
     _check_sampling(temperature, top_k, top_p, model.vocabulary_size)
-    if seed is not None and (not isinstance(seed, numbers.Integral) or seed < 0):
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
+    ):
         raise ValueError(f"`seed` must be an integer, 0 or more, or None. Received: seed={seed!r}")
     if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
         model.jax_state_sync()
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
+    if model.padding_id is not None:  # what padding itself attends to is nothing
+        rows = [_without_padding(row, model.padding_id) for row in rows]
+    if not isinstance(stop_tokens, Iterable):
+        raise TypeError(f"`stop_tokens` must be token ids. Received: stop_tokens={stop_tokens!r}")
     stops = tuple(
         np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
     )
@@ -182,7 +188,9 @@ def _check_sampling(temperature: Any, top_k: Any, top_p: Any, vocabulary_size: i
 
 def _check_tokens(name: str, rows: Any, vocabulary_size: int) -> list[np.ndarray]:
     """The rows as arrays of token ids; of `stop_tokens`, a row may be empty."""
-    if keras.ops.is_tensor(rows):
+    if hasattr(rows, "to_list"):  # of TensorFlow's ragged tensors, that Keras would pad
+        rows = rows.to_list()
+    elif ops.is_tensor(rows):
         rows = ops.convert_to_numpy(rows)
     try:
         rows = [np.asarray(row) for row in rows]
@@ -204,6 +212,17 @@ def _check_tokens(name: str, rows: Any, vocabulary_size: int) -> list[np.ndarray
                 f"to {row.max()}"
             )
     return rows
+
+
+def _without_padding(row: np.ndarray, padding_id: int) -> np.ndarray:
+    """The prompt up to its last token that is no padding."""
+    tokens = np.flatnonzero(row != padding_id)
+    if not tokens.size:
+        raise ValueError(
+            "`prompts` must have a token that is no padding in each row. Received: a row of "
+            f"{row.size} tokens, all {padding_id}"
+        )
+    return row[: tokens[-1] + 1]
 
 
 def _until(row: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
