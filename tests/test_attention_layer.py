@@ -240,8 +240,10 @@ def test_output_shape(output_shape, data):
 def test_dropout_on_weights(normalizer, data):
     layer = MultiHeadAttention(2, 3, normalizer=normalizer, dropout=0.5, seed=3)
     inference, scores = layer(data["query"], data["value"], return_attention_scores=True)
-    again = layer(data["query"], data["value"], training=False)
+    again, _ = layer(data["query"], data["value"], return_attention_scores=True, training=False)
     np.testing.assert_allclose(to_numpy(inference), to_numpy(again), rtol=1e-6)
+    without = layer(data["query"], data["value"], training=False)
+    assert relative_error(to_numpy(without), to_numpy(inference)) < 2e-6
     _, trained = layer(data["query"], data["value"], return_attention_scores=True, training=True)
     np.testing.assert_allclose(to_numpy(trained), to_numpy(scores), rtol=1e-6)
     many = [np.repeat(data[name][:1], 500, axis=0) for name in ("query", "value")]
@@ -356,3 +358,12 @@ def test_packed_segments_do_not_see_each_other(normalizer, rng):
     packed = to_numpy(layer(x, x, use_causal_mask=True, segment_ids=ids))
     parts = [to_numpy(layer(p, p, use_causal_mask=True)) for p in np.split(x, [4, 6], axis=1)]
     np.testing.assert_allclose(packed, np.concatenate(parts, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_without_training_dropout_needs_no_weights(monkeypatch, data):
+    layer = MultiHeadAttention(2, 3, dropout=0.5)
+    layer.build((BATCH, LENGTH, 11), (BATCH, 7, 13))
+    monkeypatch.setattr("keras_ssattn.layers.attention.attention_weights", None)
+    layer(data["query"], data["value"], training=False)
+    with pytest.raises(TypeError, match="NoneType"):
+        layer(data["query"], data["value"], training=True)

@@ -1,6 +1,7 @@
 """`ops.attention` on every path against the oracle."""
 
 import functools
+import importlib
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -328,6 +329,87 @@ def test_a_length_scale_does_not_overflow_a_half_query(normalizer, rng):
 
 def test_symbolic_inputs_of_unknown_length():
     x = keras.Input((None, 2, 4))
-    assert ops.attention(x, x, x).shape == (None, None, 2, 4)
+    assert ops.attention(x, x, x, causal=True).shape == (None, None, 2, 4)
     with pytest.raises(ValueError, match="symbolic `query` and `key` must have a known length"):
-        ops.attention(x, x, x, causal=True)
+        ops.attention_weights(x, x, causal=True)
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "auto"])
+def test_a_functional_model_computes_what_was_asked_for(implementation, monkeypatch, rng, tmp_path):
+    """It is not made of the operations of the dense implementation, also once it is loaded."""
+    q, k, v = inputs(rng)
+    symbols = [keras.Input(x.shape[1:]) for x in (q, k, v)]
+    symbols.append(keras.Input((7,), dtype="bool"))
+    case = {"causal": True, "window": 4, "query_offset": 1}
+    case["segment_ids"] = (np.array([[0, 0, 0, 1, 1]]), np.array([[0, 0, 1, 1, 1, 1, 1]]))
+    options = {"implementation": implementation, **case}
+    y = ops.attention(*symbols[:3], "softpick", key_mask=symbols[3], **options)
+    keras.Model(symbols, y).save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    module, called = importlib.import_module("keras_ssattn.ops.attention"), []
+    monkeypatch.setattr(module, "DENSE_UP_TO", 6)
+    for name, compute in list(module.COMPUTE.items()):
+
+        def spy(*args, name=name, compute=compute):
+            called.append(name)
+            return compute(*args)
+
+        monkeypatch.setattr(getattr(module, name), "attention", spy)
+        monkeypatch.setitem(module.COMPUTE, name, spy)
+    key_mask = rng.random((2, 7)) < 0.7
+    case["segment_ids"] = tuple(np.repeat(x, 2, axis=0) for x in case["segment_ids"])
+    expected = oracle.attention(q, k, v, "softpick", key_mask=key_mask, **case)
+    assert relative_error(to_numpy(model([q, k, v, key_mask])), expected) < 2e-6
+    assert called == ["tiled"]
+
+
+BAD_FOR_EVERY_IMPLEMENTATION = [
+    ({"window": 0}, "`window` must be a positive integer"),
+    ({"window": True}, "`window` must be a positive integer"),
+    ({"query_offset": -1}, "`query_offset` must be 0 or a positive integer"),
+    ({"query_offset": 1.5}, "`query_offset` must be an integer"),
+    ({"epsilon": 0.0}, "`epsilon` must be a positive number"),
+    ({"key_mask": np.ones((2, 1), bool)}, "`key_mask` must have shape"),
+]
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize(("options", "message"), BAD_FOR_EVERY_IMPLEMENTATION)
+def test_every_implementation_refuses_what_does_not_fit(implementation, options, message, rng):
+    q, k, v = inputs(rng)
+    with pytest.raises(ValueError, match=message):
+        ops.attention(q, k, v, "rectified_softpick", implementation=implementation, **options)
+
+
+def test_bias_is_by_head_where_there_are_as_many_queries(rng):
+    n, s, b = np.array([[[1, 2, 3, 4]]]), rng.normal(size=(4, 1)), rng.normal(size=(4, 1))
+    s, b = s.astype("float32"), b.astype("float32")
+    found = to_numpy(ops.log_length_scale(n, s, b))
+    np.testing.assert_allclose(found, s * np.log(n) + b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_integers_of_numpy(implementation, rng):
+    q, k, v = inputs(rng)
+    case = {"causal": True, "window": np.int64(3), "query_offset": np.int64(2)}
+    found = ops.attention(q, k, v, "softpick", implementation=implementation, **case)
+    assert relative_error(to_numpy(found), oracle.attention(q, k, v, "softpick", **case)) < 2e-6
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "rectified_softpick"])
+def test_hidden_keys_may_be_infinite_in_tiles(normalizer, rng):
+    q, k, v = inputs(rng)
+    expected = oracle.attention(q, k, v, normalizer, causal=True)
+    k[:, 6:] = np.inf  # in a tile that is seen in part
+    found = ops.attention(q, k, v, normalizer, causal=True, implementation="tiled")
+    assert relative_error(to_numpy(found), expected) < 2e-6
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
+def test_empty_inputs(shape, implementation):
+    batch, length, key_length = shape
+    q = np.ones((batch, length, 4, 3), "float32")
+    kv = np.ones((batch, key_length, 2, 3), "float32")
+    out = ops.attention(q, kv, kv, "ssmax", causal=True, implementation=implementation)
+    np.testing.assert_array_equal(to_numpy(out), np.zeros((batch, length, 4, 3)))

@@ -209,6 +209,8 @@ def test_errors(x):
         layer(x, x, use_causal_mask=True, cache=layer.make_cache(BATCH, SIZE), cache_index=4)
     with pytest.raises(TypeError, match="`index` must be an integer.*float32"):
         ops.update_cache(cache, 1.5, cache.key, cache.value)
+    with pytest.raises(TypeError, match="`mask` must be a boolean mask.*float32"):
+        ops.update_cache(cache, 0, cache.key, cache.value, np.ones((BATCH, SIZE), "float32"))
     with pytest.raises(ValueError, match="`cache_index` goes with `cache`"):
         layer(x, x, use_causal_mask=True, cache_index=5)
     with pytest.raises(ValueError, match="`rotary` must be a `RotaryEmbedding` layer.*'rope'"):

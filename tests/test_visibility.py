@@ -3,10 +3,11 @@
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
+import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import to_numpy
+from helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
 
@@ -86,6 +87,57 @@ def test_key_count_is_the_number_of_visible_keys(
     expected = oracle.visible(*lengths, batch=2, **case).sum(-1)
     actual = to_numpy(ops.key_count(*lengths, **case))
     np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
+
+
+@pytest.mark.parametrize("other", ["key_mask", "query_offset", "keys"])
+def test_one_row_of_segments_serves_all(other, rng):
+    segments = np.array([[0, 0, 0, 1, 1]])
+    case = {"causal": True, "segment_ids": (segments, segments)}
+    if other == "key_mask":
+        case["key_mask"] = np.array([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]], bool)
+    elif other == "query_offset":
+        case["query_offset"] = np.array([0, 2])
+    else:
+        case["segment_ids"] = segments, np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+    # the oracle reads a row for each
+    whole = {**case, "segment_ids": tuple(np.broadcast_to(x, (2, 5)) for x in case["segment_ids"])}
+    expected = oracle.visible(5, 5, batch=2, **whole).sum(-1)
+    np.testing.assert_array_equal(to_numpy(ops.key_count(5, 5, **case)), expected)
+
+
+def test_segments_with_long_ids(backend):
+    if backend == "jax":
+        pytest.skip("JAX has 64 bits only where they are enabled")
+    ids = keras.ops.convert_to_tensor(np.array([[0, 0, 2**32, 2**32]]), "int64")
+    found = to_numpy(ops.key_count(4, 4, segment_ids=ids))
+    np.testing.assert_array_equal(found, [[[2, 2, 2, 2]]])
+    x = np.ones((1, 4, 1, 2), "float32")
+    value = np.arange(8, dtype="float32").reshape(x.shape)
+    expected = [[0.5, 1.0], [0.5, 1.0], [2.5, 3.0], [2.5, 3.0]]
+    for implementation in ("dense", "tiled"):
+        options = {"segment_ids": ids, "implementation": implementation}
+        found = to_numpy(ops.attention(x, x, 0.5 * value, **options))[0, :, 0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_64_bits_on_jax(backend, rng):
+    """Where they are enabled, JAX refuses indices of two dtypes."""
+    if backend != "jax":
+        pytest.skip("of the jax backend")
+    import jax
+
+    x = rng.normal(size=(2, 70, 2, 4)).astype("float32")
+    segments = np.sort(rng.integers(0, 3, (2, 70)))
+    case = {"causal": True, "query_offset": np.array([0, 3])}
+    with jax.enable_x64(True):
+        n = ops.key_count(70, 70, segment_ids=segments, causal=True)
+        run = lambda q: ops.attention(q, q, q, implementation="tiled", **case)  # noqa: E731
+        [gradient] = gradients(run, [x], np.ones_like(x))
+    np.testing.assert_array_equal(
+        to_numpy(n), oracle.visible(70, 70, 2, causal=True, segment_ids=(segments,) * 2).sum(-1)
+    )
+    [expected] = gradients(run, [x], np.ones_like(x))
+    assert relative_error(gradient, expected) < 1e-5
 
 
 def test_segments_of_more_rows_than_are_counted_at_a_time():

@@ -255,7 +255,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if uses_query:
             [query] = rotate(self.rotary, cache_index, query)
         weights = None
-        if return_attention_scores or self.dropout > 0:
+        if return_attention_scores or (self.dropout > 0 and training):
             weights = attention_weights(query, key, **visibility, **options)
             weights = ops.cast(weights, self.compute_dtype)
             weights = hide_rows(weights, query_mask, (1, 3))

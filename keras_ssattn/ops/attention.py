@@ -11,14 +11,14 @@ from keras_ssattn.ops import dense, fused, tiled
 from keras_ssattn.ops._arguments import (
     check_broadcastable,
     check_floating,
-    check_mask,
     check_rank,
     dtype_of,
     to_tensor,
     widen,
 )
 from keras_ssattn.ops.length_scale import log_length_scale
-from keras_ssattn.ops.visibility import check_segments, key_count
+from keras_ssattn.ops.normalizers import check_epsilon
+from keras_ssattn.ops.visibility import check_segments, check_visibility, key_count
 
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 COMPUTE = {"dense": dense.attention, "tiled": tiled.attention, "fused": fused.attention}
@@ -70,13 +70,14 @@ def attention(
         implementation: `"dense"` computes all `T x S` weights, in float32 for half inputs.
             `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
             the backward pass; it skips tiles that `causal` and `window` hide. It has a second
-            derivative on JAX only. `"fused"` calls `keras.ops.dot_product_attention`, for
-            softmax and ssmax, where that is a fused kernel: on PyTorch, and without masks beyond
-            causality on JAX with a GPU, in half precision, where cuDNN has one; elsewhere, and
-            with masks on Keras before 3.14, it raises. `"auto"` takes `"fused"` on PyTorch, if it
-            needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
-            `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
-            input is then one tile); else `"dense"`.
+            derivative on JAX only, without these two. `"fused"` calls
+            `keras.ops.dot_product_attention`, for softmax and ssmax, where that is a fused kernel:
+            on PyTorch, and without masks beyond causality on JAX with a GPU, in half precision,
+            where cuDNN has one; elsewhere, and with masks on Keras before 3.14, it raises.
+            `"auto"` takes `"fused"` on PyTorch, if it needs no mask beyond causality, or one of at
+            most 2^22 entries; else `"tiled"` where `T * S` passes 2^19 (724 x 724), or is unknown
+            until a TensorFlow graph runs (a short input is then one tile); else `"dense"`. A
+            functional model runs the same.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -84,8 +85,8 @@ def attention(
     Raises:
         TypeError: for inputs that are not floating-point, or a float mask.
         ValueError: for any other argument that does not fit.
-        NotImplementedError: where the gradient of tiled attention is differentiated, except on
-            JAX.
+        NotImplementedError: where the gradient of tiled attention is differentiated and has no
+            derivative.
 
     Example:
 
@@ -98,8 +99,23 @@ def attention(
 
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
+    tensors = {
+        "mask": mask,
+        "key_mask": key_mask,
+        "query_offset": query_offset,
+        "segment_ids": segment_ids,
+        "length_scale": length_scale,
+    }
+    inputs = keras.tree.flatten((query, key, value, tensors))
+    if any(keras.utils.is_keras_tensor(x) for x in inputs):
+        options = normalizer, scale, causal, window, epsilon, implementation
+        if segment_ids is not None and not isinstance(segment_ids, tuple):
+            tensors["segment_ids"] = segment_ids, segment_ids
+        return Attention(*options)(query, key, value, **tensors)
     query, key, value = _check_tensors(query, key, value)
     visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset, segment_ids)
+    if normalizer == "rectified_softpick":
+        check_epsilon(epsilon)
     kernel, factor = _query_factor(normalizer, scale, length_scale, query, key, visibility)
     if implementation not in ("auto", *COMPUTE):
         raise ValueError(
@@ -114,7 +130,7 @@ def attention(
             f"{keras.version()}"
         )
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
-    if keras.utils.is_keras_tensor(query):  # only the shape is asked for
+    if query.shape[0] == 0:  # nothing to compute, and PyTorch has no maximum of nothing
         return dense.attention(*arguments)
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
@@ -125,6 +141,45 @@ def attention(
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
     is_long = size > DENSE_UP_TO if isinstance(size, int) else ops.is_tensor(size)
     return (tiled if is_long else dense).attention(*arguments)
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class Attention(keras.Operation):
+    """`attention` as a step of a functional model, which runs it whole.
+
+    Without it the model would be made of the operations of the dense implementation.
+    """
+
+    def __init__(
+        self,
+        normalizer: str,
+        scale: float | None,
+        causal: bool,
+        window: int | None,
+        epsilon: float,
+        implementation: str,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.options = {
+            "normalizer": normalizer,
+            "scale": scale,
+            "causal": causal,
+            "window": window,
+            "epsilon": epsilon,
+            "implementation": implementation,
+        }
+
+    def call(
+        self, query: Any, key: Any, value: Any, segment_ids: Any = None, **tensors: Any
+    ) -> Any:
+        if segment_ids is not None:
+            segment_ids = tuple(segment_ids)  # a pair, which is a list once it is loaded
+        tensors["segment_ids"] = segment_ids
+        return attention(query, key, value, **tensors, **self.options)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**self.options, "name": self.name}
 
 
 def attention_weights(
@@ -172,10 +227,10 @@ def _visibility(
 ) -> dict[str, Any]:
     """The arguments of `visible_keys`, checked against the tensors."""
     (batch, length, num_heads, _), key_length = query.shape, key.shape[1]
-    mask = check_mask("mask", mask, rank=(2, 4))
-    key_mask = check_mask("key_mask", key_mask, rank=2)
+    mask, key_mask, window, query_offset = check_visibility(
+        length, key_length, mask, key_mask, window, query_offset
+    )
     if mask is not None:
-        mask = ops.expand_dims(mask, (0, 1)) if len(mask.shape) == 2 else mask
         sizes = (batch, num_heads, length, key_length)
         check_broadcastable("mask", tuple(mask.shape), sizes, "[B, H, T, S]")
     if key_mask is not None:
@@ -187,9 +242,8 @@ def _visibility(
         check_broadcastable("query_offset", tuple(query_offset.shape), (batch,), "[B]")
     if None in (ops.shape(query)[1], ops.shape(key)[1]) and (causal or window is not None):
         raise ValueError(
-            "symbolic `query` and `key` must have a known length with `causal` or `window`; use "
-            "`keras_ssattn.layers.MultiHeadAttention` for dynamic ones. Received: query with "
-            f"shape {tuple(query.shape)}, key with shape {tuple(key.shape)}"
+            "symbolic `query` and `key` must have a known length with `causal` or `window`. "
+            f"Received: query with shape {tuple(query.shape)}, key with shape {tuple(key.shape)}"
         )
     return {
         "mask": mask,

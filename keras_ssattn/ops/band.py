@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ssattn.ops.tiles import runs_eagerly, unstack
+from keras_ssattn.ops.tiles import place, runs_eagerly, unstack
 
 
 class Band:
@@ -112,9 +112,8 @@ class Band:
         groups, length, key_length = self.mask.shape[2:]
         rows, row = (1, 0) if length == 1 else (self.query_size, i * self.query_size)
         columns, column = (1, 0) if key_length == 1 else (self.key_size, j * self.key_size)
-        tile = ops.slice(
-            self.mask, (0, 0, 0, row, column), (batch, num_heads, groups, rows, columns)
-        )
+        sizes = batch, num_heads, groups, rows, columns
+        tile = ops.slice(self.mask, place(0, 0, 0, row, column), sizes)
         if self.groups == 1 or length == 1 == groups:
             return ops.reshape(tile, (batch, num_heads, rows, columns))
         tile = ops.broadcast_to(tile, (batch, num_heads, self.groups, self.query_size, columns))

@@ -4,7 +4,13 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_broadcastable, check_rank, dtype_of, to_tensor
+from keras_ssattn.ops._arguments import (
+    check_broadcastable,
+    check_mask,
+    check_rank,
+    dtype_of,
+    to_tensor,
+)
 
 
 class Cache(NamedTuple):
@@ -107,8 +113,7 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
             f"`key` must not be longer than the cache, {size} positions. Received: key with shape "
             f"{tuple(key.shape)}"
         )
-    if mask is None:
-        mask = ops.ones((1, 1), "bool")
+    mask = ops.ones((1, 1), "bool") if mask is None else check_mask("mask", mask, rank=2)
     for name, old, new in zip(cache._fields, cache, (key, value, mask), strict=True):
         target = (old.shape[0], new.shape[1], *old.shape[2:])
         check_broadcastable(name, tuple(new.shape), target, "the cache's shape at T positions")

@@ -58,6 +58,7 @@ def _matmul_by_group(x: Any, y: Any) -> Any:
     if num_heads == num_kv_heads:
         return ops.matmul(x, y)
     batch, _, length, inner = ops.shape(x)
-    x = ops.reshape(x, (batch, num_kv_heads, -1, inner))  # [B, K, H/K * T, M]
+    rows = num_heads // num_kv_heads * length
+    x = ops.reshape(x, (batch, num_kv_heads, rows, inner))  # [B, K, H/K * T, M]
     out = ops.matmul(x, y)  # [B, K, H/K * T, N]
     return ops.reshape(out, (batch, num_heads, length, ops.shape(y)[3]))

@@ -44,9 +44,8 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     else:
         n = widen(n)
         log_n = ops.log(ops.where(n > 1, n, ops.ones_like(n)))
-    if all(isinstance(x, float) for x in (s, log_n, b)):
-        return s * log_n + b
-    return ops.add(ops.multiply(s, log_n), b)
+    # no `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries
+    return s * log_n + b
 
 
 def _parameter(name: str, value: Any) -> Any:

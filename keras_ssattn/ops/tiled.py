@@ -90,9 +90,9 @@ def _with_gradient(kernel: Any, make_band: Any, names: tuple[str, ...], groups: 
             dq, dk, dv = tiled_passes.backward(kept, upstream, kernel, band)
             length, key_length = ops.shape(query)[1], ops.shape(key)[1]
             return (
-                _final(tiles.merge(dq, length, groups), query),
-                _final(tiles.merge(dk, key_length), key),
-                _final(tiles.merge(dv, key_length), value),
+                _final(tiles.merge(dq, length, groups), query, band),
+                _final(tiles.merge(dk, key_length), key, band),
+                _final(tiles.merge(dv, key_length), value, band),
                 *(None for _ in names),
             )
 
@@ -111,13 +111,14 @@ def _make_band(kernel: Any, groups: int, query: Any, key: Any, **options: Any) -
     return Band(query_size, key_size, count, length, groups, **options)
 
 
-def _final(gradient: Any, x: Any) -> Any:
-    """The gradient of x, marked as one that cannot be differentiated again, except on JAX.
+def _final(gradient: Any, x: Any, band: Band) -> Any:
+    """The gradient of x, marked as one that cannot be differentiated again, where that is so.
 
-    JAX differentiates through both passes. TensorFlow cannot, and on PyTorch what the forward pass
-    kept is a constant, so that a second derivative would be wrong.
+    JAX differentiates through both passes, if their loops have bounds that are known. TensorFlow
+    cannot, and on PyTorch what the forward pass kept is a constant, so that a second derivative
+    would be wrong.
     """
-    if keras.backend.backend() == "jax":
+    if keras.backend.backend() == "jax" and not band.causal and band.window is None:
         return gradient
 
     @ops.custom_gradient
@@ -125,7 +126,8 @@ def _final(gradient: Any, x: Any) -> Any:
         def refuse(*args: Any, upstream: Any = None) -> Any:
             raise NotImplementedError(
                 'implementation="tiled" of attention has no second derivative on the '
-                f'{keras.backend.backend()} backend; implementation="dense" has.'
+                f"{keras.backend.backend()} backend (on JAX it has one without `causal` and "
+                '`window`); implementation="dense" has.'
             )
 
         return gradient + 0.0, refuse
@@ -149,7 +151,8 @@ def _tile_size(length: Any, most: int) -> Any:
 
 def _split_vector(x: Any, size: int) -> Any:
     """Cuts `[B, T]` of integers or booleans into a stack `[n, B, 1, 1, size]`."""
-    stack = tiles.split(ops.expand_dims(ops.cast(x, "int32"), (2, 3)), size)
+    integers = ops.cast(x, "int32") if dtype_of(x) == "bool" else x
+    stack = tiles.split(ops.expand_dims(integers, (2, 3)), size)
     return ops.cast(ops.swapaxes(stack, -1, -2), x.dtype)
 
 

@@ -162,8 +162,6 @@ def _logits(q: Any, k: Any, kernel: Any, band: Band, i: Any, j: Any, cut: bool) 
     x = q @ widen(k)
     if band.key_mask is not None:
         x = ops.where(band.key_mask[j], x, kernel.absent)
-    if cut and kernel.absent == 0:
-        return x * ops.cast(band.visible(i, j), x.dtype)
     if cut:
         x = ops.where(band.visible(i, j), x, kernel.absent)
     return x

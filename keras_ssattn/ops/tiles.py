@@ -34,7 +34,7 @@ def split(x: Any, size: int, groups: int = 1) -> Any:
     padding = count * size - length
     if not isinstance(length, int) or padding:
         x = ops.concatenate([x, ops.zeros((batch, padding, *x.shape[2:]), x.dtype)], axis=1)
-    x = ops.reshape(x, (batch, -1, size, num_heads, groups, width))
+    x = ops.reshape(x, (batch, count, size, num_heads, groups, width))
     x = ops.transpose(x, (1, 0, 3, 4, 2, 5))
     return ops.reshape(x, (count, batch, num_heads, groups * size, width))
 
@@ -45,7 +45,7 @@ def merge(x: Any, length: Any, groups: int = 1) -> Any:
     num_heads, width = x.shape[2], x.shape[4]
     x = ops.reshape(x, (count, batch, num_heads, groups, rows // groups, width))
     x = ops.transpose(x, (1, 0, 4, 2, 3, 5))
-    x = ops.reshape(x, (batch, -1, num_heads * groups, width))
+    x = ops.reshape(x, (batch, count * (rows // groups), num_heads * groups, width))
     return x[:, :length]
 
 
@@ -64,7 +64,12 @@ def write(tiles: Any, index: Any, x: Any) -> Any:
     if runs_eagerly():
         tiles[index] = x
         return tiles
-    return ops.slice_update(tiles, (index, *(0 for _ in x.shape)), ops.expand_dims(x, 0))
+    return ops.slice_update(tiles, place(index, *(0 for _ in x.shape)), ops.expand_dims(x, 0))
+
+
+def place(*index: Any) -> tuple:
+    """Where to read or write, of one dtype: JAX wants that, and in 64 bits has two of them."""
+    return index if runs_eagerly() else tuple(ops.cast(x, "int32") for x in index)
 
 
 def add(tiles: Any, index: Any, x: Any) -> Any:

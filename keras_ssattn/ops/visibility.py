@@ -56,7 +56,9 @@ def visible_keys(
     >>> from keras_ssattn import ops
     >>> ops.visible_keys(2, 3, causal=True)  # [[[[True, False, False], [True, True, False]]]]
     """
-    mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
+    mask, key_mask, window, query_offset = check_visibility(
+        query_length, key_length, mask, key_mask, window, query_offset
+    )
     segments = check_segments(segment_ids, query_length, key_length)
     parts = []
     if causal or window is not None:
@@ -124,7 +126,9 @@ def key_count(
     >>> ops.key_count(4, 4, causal=True, key_mask=[[False, True, True, True]])
     ... # [[[0, 1, 2, 3]]]
     """
-    mask, key_mask = _check(query_length, key_length, mask, key_mask, window, query_offset)
+    mask, key_mask, window, query_offset = check_visibility(
+        query_length, key_length, mask, key_mask, window, query_offset
+    )
     segments = check_segments(segment_ids, query_length, key_length)
     if mask is not None:
         visible = visible_keys(
@@ -132,7 +136,7 @@ def key_count(
         )
         # A size-1 last axis stands for S equal entries.
         visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
-        return ops.sum(ops.cast(visible, "int32"), axis=-1)
+        return _sum(visible)
     # The visible keys are the stretch [first, end), less its padding.
     first, end = None, None
     if causal or window is not None:
@@ -147,6 +151,7 @@ def key_count(
             return ops.reshape(ops.cast(key_length, "int32"), (1, 1, 1))
         return ops.expand_dims(end if first is None else end - first, 1)  # [B|1, 1, T]
     before = ops.cumsum(ops.cast(key_mask, "int32"), axis=1)  # [B, S], count of keys <= j
+    before = ops.cast(before, "int32")
     if end is None:
         return ops.expand_dims(before[:, -1:], 1)  # [B, 1, 1]
     n = _count_before(before, end)
@@ -157,6 +162,9 @@ def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> An
     """Keys of each query's segment in the stretch [first, end), `[B, 1, T]`."""
     queries, keys = segments
     length = ops.shape(queries)[1]
+    for x in (keys, key_mask, first, end):  # any of them may have the batch size that others lack
+        if x is not None:
+            queries = queries + ops.zeros((ops.shape(x)[0], 1), dtype_of(queries))
     keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
     index = ops.arange(ops.shape(keys)[3], dtype="int32")
     stacks = [_stack_rows(x) for x in (queries, first, end)]
@@ -170,14 +178,18 @@ def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> An
             None if key_mask is None else ops.expand_dims(key_mask, (1, 2)),
         ):
             seen = seen if part is None else ops.logical_and(seen, part)
-        n = ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=True)
-        return tiles.write(counts, i, n)
+        return tiles.write(counts, i, _sum(seen, keepdims=True))
 
     tile_count, *tile = ops.shape(stacks[0])
     counts = tiles.empty(tile_count, tile, "int32")
     counts = ops.fori_loop(0, tile_count, count, counts)
     counts = tiles.merge(tiles.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
     return ops.reshape(counts, (-1, 1, length))
+
+
+def _sum(seen: Any, keepdims: bool = False) -> Any:
+    """The number of True, int32 whatever a backend makes of such sums."""
+    return ops.cast(ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=keepdims), "int32")
 
 
 def _stack_rows(x: Any) -> Any:
@@ -200,7 +212,7 @@ def _positions(query_length: Any, query_offset: Any) -> Any:
 
 
 def check_segments(segment_ids: Any, query_length: Any, key_length: Any) -> Any:
-    """Returns the segments of queries and keys, int32 `[B, T]` and `[B, S]`, or raises."""
+    """Returns the segments of queries and keys, integers `[B, T]` and `[B, S]`, or raises."""
     if segment_ids is None:
         return None
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
@@ -220,13 +232,18 @@ def check_segments(segment_ids: Any, query_length: Any, key_length: Any) -> Any:
             raise TypeError(
                 f"`segment_ids` must be integers. Received: segment_ids with dtype {dtype_of(x)}"
             )
-    return tuple(ops.cast(x, "int32") for x in pair)
+    wide = any(dtype_of(x) in ("int64", "uint64") for x in pair)  # such as hashes
+    return tuple(ops.cast(x, "int64" if wide else "int32") for x in pair)
 
 
-def _check(
+def check_visibility(
     query_length: Any, key_length: Any, mask: Any, key_mask: Any, window: Any, query_offset: Any
-) -> tuple[Any, Any]:
-    """Raises for arguments that do not fit; returns the masks as `[B, H, T, S]`, `[B, S]`."""
+) -> tuple[Any, Any, Any, Any]:
+    """Raises for arguments that do not fit.
+
+    Returns the masks as `[B, H, T, S]` and `[B, S]`, the window, and the offset, an `int` or a
+    tensor.
+    """
     lengths = tuple(x if isinstance(x, int) else None for x in (query_length, key_length))
     mask = check_mask("mask", mask, rank=(2, 4))
     if mask is not None:
@@ -250,11 +267,12 @@ def _check(
                 f"`query_offset` must be 0 or a positive integer. Received: "
                 f"query_offset={query_offset!r}"
             )
+        query_offset = int(query_offset)
     else:
-        offset = to_tensor(query_offset)
-        if "int" not in dtype_of(offset) or len(offset.shape) > 1:
+        query_offset = to_tensor(query_offset)
+        if "int" not in dtype_of(query_offset) or len(query_offset.shape) > 1:
             raise ValueError(
-                "`query_offset` must be an integer or an integer tensor of shape [B]. "
-                f"Received: shape {tuple(offset.shape)}, dtype {dtype_of(offset)}"
+                "`query_offset` must be an integer or an integer tensor of shape [B]. Received: "
+                f"shape {tuple(query_offset.shape)}, dtype {dtype_of(query_offset)}"
             )
-    return mask, key_mask
+    return mask, key_mask, None if window is None else int(window), query_offset
