@@ -131,6 +131,70 @@ class Graph(keras.Model):
         return super().train_step(*args, **kwargs)
 
 
+class Becomes(InBuild):
+    """Its configuration makes another class."""
+
+    @classmethod
+    def from_config(cls, config):
+        return InBuild(**config)
+
+
+class Unregistered(InBuild):
+    """Is found in files with the help of `custom_objects` only."""
+
+
+@register
+class Embedded(keras.layers.Layer):
+    """Has the configuration of the layer that it holds, but not its class, in its own."""
+
+    def __init__(self, inner=None, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = InBuild(6) if inner is None else InBuild.from_config(inner)
+
+    def call(self, x):
+        return self.inner(x)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": self.inner.get_config()}
+
+
+@register
+class EmbeddedAttention(keras.layers.Layer):
+    """The same with attention, whose configuration changes when it is converted."""
+
+    def __init__(self, inner=None, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = keras.layers.MultiHeadAttention.from_config(inner or ATTENTION)
+
+    def call(self, x):
+        return self.inner(x, x)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": self.inner.get_config()}
+
+
+@register
+class FloatMask(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = keras.layers.MultiHeadAttention(2, 3)
+
+    def call(self, x):
+        mask = keras.ops.tril(keras.ops.ones((1, x.shape[1], x.shape[1])))
+        return self.attention(x, x, attention_mask=mask)
+
+
+class TwoArguments(keras.Model):
+    """Keras records the shape of the first argument only, and cannot build it from that."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = keras.layers.MultiHeadAttention(2, 3, name="attention")
+
+    def call(self, query, value):
+        return self.attention(query, value)
+
+
 class Secret(keras.layers.Layer):
     """Cannot be made again: its configuration lacks the layer that it is given."""
 

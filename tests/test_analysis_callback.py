@@ -21,7 +21,7 @@ from keras_ssattn.analysis import (
     sparsity,
     weight_on,
 )
-from keras_ssattn.layers import SSMax
+from keras_ssattn.layers import MultiHeadAttention, SSMax
 
 X = sequences(8)
 BLOCK = "attention/ssmax_block_1"
@@ -119,6 +119,44 @@ def test_a_head_that_attends_to_nothing_is_left_out_of_the_mean():
     assert math.isnan(statistics.measure()["attention/rectified_softpick_block_1/head_0/entropy"])
 
 
+@pytest.mark.parametrize("name", ["entropy", "sink_rate", "sparsity", "kurtosis"])
+def test_a_head_with_nan_is_not_left_out_of_the_mean(name):
+    model = make(dropout=0.0)
+    query = model.get_layer("ssmax_block_1").attention.query_dense
+    kernel, bias = query.get_weights()
+    kernel[:, 0] = np.nan  # of head 0
+    query.set_weights([kernel, bias])
+    statistics = AttentionStatistics(X[:3], name)
+    statistics.set_model(model)
+    assert math.isnan(statistics.measure()[f"{BLOCK}/{name}"])
+    if name == "entropy":
+        statistics.per_head = True
+        assert math.isfinite(statistics.measure()[f"{BLOCK}/head_1/entropy"])
+
+
+def without_blocks(normalizer):
+    inputs = keras.Input(X.shape[1:])
+    attention = MultiHeadAttention(2, 3, normalizer=normalizer, name="att")
+    model = keras.Model(inputs, attention(inputs, inputs), name="bare")
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_defaults_are_of_the_layers_that_there_are():
+    history = fit(without_blocks("softmax"), AttentionStatistics(X[:3]), epochs=1)
+    assert set(history) == {"loss", "attention/att/entropy", "attention/att/sink_rate"}
+
+
+@pytest.mark.parametrize("name", ["kurtosis", "max_activation", "s", "b"])
+def test_a_measure_that_no_layer_has_is_refused_before_the_first_epoch(name):
+    model = without_blocks("softmax")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=f"`measures` must .*Received: '{name}', .* 'bare' has"):
+        fit(model, AttentionStatistics(X[:3], ["entropy", name]))
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(("first", "measured"), [(0, [0, 2, 4]), (1, [1, 2, 4])])
 def test_other_epochs_have_the_same_entries_without_a_value(first, measured, tmp_path):
     """CSVLogger knows only the entries of its first epoch, and needs them in each."""
@@ -159,13 +197,19 @@ def test_tensorboard_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"measures": ["entropie"]}, r"`measures` must be one or more of .* \('entropie',\)"),
-        ({"measures": []}, r"`measures` must be one or more of .*Received: \(\)"),
-        ({"every": 0}, "`every` must be a positive integer. Received: every=0"),
+        ({"measures": ["entropie"]}, ValueError, r"`measures` must .* \('entropie',\)"),
+        ({"measures": []}, ValueError, r"`measures` must be one or more of .*Received: \(\)"),
+        ({"measures": 5}, ValueError, r"`measures` must be one or more of .*Received: \(5,\)"),
+        ({"every": 0}, ValueError, "`every` must be a positive integer. Received: every=0"),
+        ({"per_head": "no"}, ValueError, "`per_head` must be True or False. Received: per_head='n"),
+        ({"sink_threshold": -1}, ValueError, "`sink_threshold` must be a number, 0 or more. Rec"),
+        ({"key_index": 1.5}, TypeError, "`key_index` must be integers. Received: dtype float64"),
+        ({"key_index": 0, "query_index": [[0]]}, ValueError, "`query_index` must have shape"),
+        ({"query_index": -1}, ValueError, "`key_index` must be given with `query_index`"),
     ],
 )
-def test_bad_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
         AttentionStatistics(X, **options)

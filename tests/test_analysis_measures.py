@@ -247,6 +247,47 @@ def test_kurtosis_of_a_normal_sample_is_three(rng):
 
 
 @pytest.mark.parametrize("function", [kurtosis, max_activation])
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_activations_of_an_empty_batch_are_nan(function, shape, masked):
+    mask = np.ones(shape[:-1], bool) if masked else None
+    assert np.isnan(measure(function, np.zeros(shape, "float32"), mask))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 8e37, 1e38])
+def test_kurtosis_at_the_ends_of_float32(scale, rng):
+    x = rng.uniform(-3, 3, size=(1, 100, 10))
+    found = measure(kurtosis, (x * scale).astype("float32"))
+    assert found == pytest.approx(kurtosis_oracle(x, None), rel=1e-5)
+
+
+WEIGHTS_MEASURES = {
+    "entropy": attention_entropy,
+    "sinks": sink_rate,
+    "sparsity": sparsity,
+    "on key": lambda weights, mask: weight_on(weights, 0, mask=mask)[0],
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_MEASURES)
+def test_of_weights_that_are_nan_nothing_is_measured(name):
+    weights = np.full((1, 2, 5, 5), 0.2)
+    weights[:, 1, 3] = np.nan  # one query of the second head
+    found = measure(WEIGHTS_MEASURES[name], weights, None)
+    assert np.isnan(found).tolist() == (True if name == "sinks" else [False, True])
+    mask = np.arange(5)[:, None] != 3  # but not where it sees no key
+    healthy = measure(WEIGHTS_MEASURES[name], weights, mask)
+    expected = measure(WEIGHTS_MEASURES[name], np.full((1, 2, 5, 5), 0.2), mask)
+    np.testing.assert_array_equal(healthy, expected)
+    assert np.isfinite(healthy).all()
+
+
+@pytest.mark.parametrize("function", [kurtosis, max_activation])
+def test_of_activations_with_nan_nothing_is_measured(function):
+    assert np.isnan(measure(function, np.array([[[1.0, np.nan, 3.0]]])))
+
+
+@pytest.mark.parametrize("function", [kurtosis, max_activation])
 def test_activations_that_cannot_be_measured_are_nan(function):
     assert np.isnan(measure(function, np.ones((1, 2, 3)), np.zeros((1, 2), bool)))
     assert np.isnan(measure(kurtosis, np.full((2, 3, 4), 0.1, "float32")))

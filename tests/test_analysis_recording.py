@@ -139,12 +139,12 @@ class Decoder(keras.Model):
 def test_subclassed_model_not_built_with_a_layer_that_runs_twice():
     model = Decoder()
     recording = record(model, [sequences(), sequences(5)])
-    names = ["b0", "b0#2", "b1", "b1/context_attention", "last"]
+    names = ["b0", "b0@2", "b1", "b1/context_attention", "last"]
     assert list(recording.attention) == names
-    assert list(recording.hidden) == ["b0", "b0#2", "b1"]
+    assert list(recording.hidden) == ["b0", "b0@2", "b1"]
     assert recording.attention["b1/context_attention"].weights.shape == (B, 2, T, 5)
     x = keras.ops.convert_to_tensor(recording.hidden["b0"].values)
-    assert relative_error(to_numpy(model.blocks[0](x)), recording.hidden["b0#2"].values) < 1e-5
+    assert relative_error(to_numpy(model.blocks[0](x)), recording.hidden["b0@2"].values) < 1e-5
 
 
 class Twin(keras.layers.Layer):
@@ -164,6 +164,46 @@ def test_functional_models_nested_in_layers_of_a_model():
     recording = record(model, sequences())
     names = ["ssmax_block_1", "ssmax_block_1#2"]
     assert list(recording.attention) == list(recording.hidden) == names
+
+
+def test_runs_that_only_build_a_layer_are_not_recorded():
+    """Keras builds a layer without `build` by running it, on PyTorch with values."""
+
+    class Wrapper(keras.layers.Layer):
+        def __init__(self):
+            super().__init__(name="wrapper")
+            self.block = TransformerBlock(2, name="block")
+
+        def call(self, x):
+            return self.block(x)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.wrapper = Wrapper()
+
+        def build(self, input_shape):
+            self.built = True
+
+        def call(self, x):
+            return self.wrapper(x)
+
+    model = Model()
+    model.build((None, T, E))
+    recording = record(model, sequences())
+    assert list(recording.attention) == list(recording.hidden) == ["wrapper/block"]
+
+
+def test_a_layer_that_the_model_does_not_hold():
+    hidden = TransformerBlock(2, name="block")
+
+    class Caller(keras.layers.Layer):
+        def call(self, x):
+            return hidden(hidden(x))
+
+    hidden.build((None, T, E))
+    recording = record(keras.Sequential([Caller()]), sequences())
+    assert list(recording.attention) == list(recording.hidden) == ["block", "block@2"]
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
@@ -195,9 +235,9 @@ def test_attention_with_a_cache_in_a_model():
     recording = record(Step(), sequences())
     real = np.array([False] * 2 + [True] * 7)
     visible = oracle.visible(1, 9, B, 2, key_mask=[real] * B, causal=True, query_offset=T)
-    np.testing.assert_array_equal(recording.attention["block#2"].mask, visible)
-    np.testing.assert_allclose(recording.attention["block#2"].weights.sum(-1), 1.0, rtol=1e-5)
-    assert recording.hidden["block#2"].values.shape == (B, 1, E)
+    np.testing.assert_array_equal(recording.attention["block@2"].mask, visible)
+    np.testing.assert_allclose(recording.attention["block@2"].weights.sum(-1), 1.0, rtol=1e-5)
+    assert recording.hidden["block@2"].values.shape == (B, 1, E)
     assert not recording.hidden["block"].mask[:, :2].any()
 
 

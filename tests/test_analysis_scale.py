@@ -8,7 +8,13 @@ from language import language_model
 from scripts.cases import randomize, sequence_model, sequences
 
 from keras_ssattn.analysis import learned_scale, record
-from keras_ssattn.layers import LogLengthScale, MultiHeadAttention, Softpick, SSMax
+from keras_ssattn.layers import (
+    LogLengthScale,
+    MultiHeadAttention,
+    Softpick,
+    SSMax,
+    TransformerBlock,
+)
 
 
 def test_s_of_each_block_and_head():
@@ -55,6 +61,65 @@ def test_two_models_with_the_same_names_are_told_apart():
     assert list(found) == ["ssmax_block_1", "ssmax_block_1#2"]
     for tower, scales in zip(towers, found.values(), strict=True):
         np.testing.assert_array_equal(scales, next(iter(learned_scale(tower).values())))
+
+
+class Pairs(keras.Model):
+    """Holds two layers of each name, and runs the second of them first, and twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = TransformerBlock(2, normalizer="softmax", name="block")
+        self.block = TransformerBlock(2, normalizer=SSMax(init_s=2.0), name="block")
+        self.decoder = MultiHeadAttention(2, 3, normalizer=SSMax(init_s=3.0), name="att")
+        self.encoder = MultiHeadAttention(2, 3, normalizer=SSMax(init_s=0.0), name="att")
+
+    def call(self, x):
+        x = x + self.encoder(self.encoder(x, x), x)
+        return self.plain(self.block(self.decoder(x, x)))
+
+
+def test_names_of_layers_of_one_path_are_those_of_a_recording():
+    """In the order in which the model holds them, whichever runs first or has an s."""
+    model = Pairs()
+    recording = record(model, sequences(6))
+    names = ["att#2", "att#2@2", "att", "block#2", "block"]
+    assert list(recording.attention) == names
+    assert list(recording.hidden) == ["block#2", "block"]
+    found = learned_scale(model)
+    assert {name: s.tolist() for name, s in found.items()} == {
+        "block#2": [2.0, 2.0],
+        "att": [3.0, 3.0],
+        "att#2": [0.0, 0.0],
+    }
+    uniform = [name for name, x in recording.attention.items() if np.ptp(x.weights) < 1e-6]
+    assert uniform == ["att#2", "att#2@2"]  # the layer whose s is 0
+
+
+LOOKS = {
+    "learned_scale": lambda model, x: learned_scale(model),
+    "record": lambda model, x: {k: m.weights for k, m in record(model, x).attention.items()},
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_during_fit_of_another_model_that_one_has_the_weights(name, backend):
+    """On JAX, where the variables of both have no values until it is synchronized."""
+    model, x, found = sequence_model(name="inner"), sequences(6), []
+    outer = keras.Sequential([model, keras.layers.Dense(1)])
+
+    def look(*_, **__):
+        if backend == "jax":
+            with pytest.raises(RuntimeError, match=r"`jax_state_sync\(\)` of it.* named 'inner'"):
+                LOOKS[name](model, x)
+            outer.jax_state_sync()
+        found.append(LOOKS[name](model, x)["ssmax_block_1"])
+
+    before = LOOKS[name](model, x)["ssmax_block_1"]
+    outer.compile(keras.optimizers.SGD(0.5), "mse")
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    outer.fit(x, x[..., :1], verbose=0, callbacks=[callback])
+    assert np.abs(found[0] - before).max() > 1e-4
+    np.testing.assert_allclose(LOOKS[name](model, x)["ssmax_block_1"], found[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -78,7 +78,7 @@ def test_softmax_gives_the_outputs_of_before(name):
     call, cls, options = TABLE[name]
     model = attend(cls(**options, name="attention"), **call)
     converted = convert_attention(model, normalizer="softmax")
-    assert type(layer_of(converted)) is MultiHeadAttention
+    assert isinstance(layer_of(converted), MultiHeadAttention)
     x = arrays("cross" in call)
     np.testing.assert_allclose(predict(converted, x), predict(model, x), atol=1e-5)
 

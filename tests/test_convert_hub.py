@@ -1,5 +1,6 @@
 """`convert_attention` on KerasHub's models: outputs, n, caches, files."""
 
+import string
 import subprocess
 import sys
 
@@ -162,9 +163,11 @@ def test_weights_are_loaded_into_converted_models_only(tmp_path):
 
 
 def test_a_preset_of_a_converted_model_is_refused(tmp_path):
-    with_scales(gpt2()).backbone.save_to_preset(str(tmp_path))
-    with pytest.raises(ValueError, match="type `Converted` which is not a subclass"):
-        keras_hub.models.Backbone.from_preset(str(tmp_path))
+    converted = with_scales(gpt2())
+    for model in (converted, converted.backbone):
+        with pytest.raises(ValueError, match=r"`\.save\(\)`.*of a converted `GPT2"):
+            model.save_to_preset(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_given_is_left_alone_and_the_new_one_trains():
@@ -188,6 +191,71 @@ def test_sampler_and_preprocessor_stay():
     assert converted.preprocessor is model.preprocessor
     assert converted.sampler is not model.sampler
     assert converted.sampler.get_config() == model.sampler.get_config()
+
+
+def preprocessor():
+    letters = ["<|endoftext|>", *string.ascii_lowercase, "Ġ", "Ġa", "Ġb", "ab"]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["Ġ a", "Ġ b", "a b"])
+    return keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=13)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_task_with_a_preprocessor_is_converted(name, later, tmp_path):
+    given = preprocessor()
+    model = MODELS[name]()
+    if later:
+        model.preprocessor = given
+    else:
+        model = randomize(type(model)(model.backbone, preprocessor=given))
+    same, converted = convert_attention(model, "softmax"), with_scales(model)
+    assert same.preprocessor is given
+    assert_close(predict(same, text()), predict(model, text()))
+    prompts = ["ab a", "b"]
+    for task in (model, same, converted):
+        task.compile(sampler="greedy")
+    options = {"max_length": 9, "stop_token_ids": None}
+    assert same.generate(prompts, **options) == model.generate(prompts, **options)
+    expected = converted.generate(prompts, **options)
+    assert any(len(x) > len(prompt) for x, prompt in zip(expected, prompts, strict=True))
+    if name == "gpt2":
+        converted.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+        loaded.compile(sampler="greedy")
+        assert loaded.generate(prompts, **options) == expected
+
+
+def masking_warnings(recwarn):
+    messages = [str(warning.message).split("(of")[0] for warning in recwarn]
+    recwarn.clear()
+    return {message for message in messages if message.startswith("Layer")}
+
+
+def attend_alone(x):
+    return keras_hub.layers.CachedMultiHeadAttention(2, 5)(x, x)
+
+
+def decode(x):
+    x = keras_hub.layers.TransformerDecoder(15, 2)(x)
+    return keras_hub.layers.TransformerDecoder(15, 3)(x)
+
+
+@pytest.mark.parametrize("layers", [attend_alone, decode])
+@pytest.mark.parametrize("causal_padding", [True, False])
+def test_masks_attached_to_tensors_count_as_in_kerashub(layers, causal_padding, recwarn):
+    tokens = keras.Input((7,), dtype="int32")
+    embedding = keras_hub.layers.TokenAndPositionEmbedding(9, 7, 12, mask_zero=True)
+    model = randomize(keras.Model(tokens, layers(embedding(tokens))))
+    row = [3, 1, 4, 2, 0, 0, 0] if causal_padding else [3, 0, 4, 2, 0, 5, 1]
+    ids = np.array([row, [1, 2, 3, 4, 5, 6, 7]], "int32")
+    expected = predict(model, ids)
+    warned = masking_warnings(recwarn)
+    converted = convert_attention(model, "softmax")
+    assert_close(predict(converted, ids), expected)
+    assert masking_warnings(recwarn) <= warned
+    masks = [getattr(m(ids), "_keras_mask", None) for m in (converted, model)]
+    np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(mask) for mask in masks))
 
 
 def test_dtypes_survive():

@@ -204,3 +204,23 @@ def test_errors_of_generate(options, error, message):
     arguments = {"prompts": [[1, 2]], "max_new_tokens": 3, **options}
     with pytest.raises(error, match=message):
         generate(language_model(num_layers=1), **arguments)
+
+
+def test_a_part_of_a_model_in_fit_generates_once_the_whole_is_synchronized(backend):
+    """On JAX the model that is fitted keeps the weights; an error says so."""
+    inner, text = language_model(num_layers=1), tokens()
+    x = keras.Input((None,), dtype="int32")
+    outer, found = keras.Model(x, inner(x)), []
+
+    def generate_in_fit(*_, **__):
+        if backend == "jax":
+            with pytest.raises(RuntimeError, match=r"`jax_state_sync\(\)` of it first"):
+                inner.generate(PROMPTS, 2)
+            outer.jax_state_sync()
+        found.append(inner.generate(PROMPTS, 2))
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    outer.compile(keras.optimizers.SGD(0.1), loss)
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=generate_in_fit)
+    outer.fit(text[:, :-1], text[:, 1:], verbose=0, callbacks=[callback])
+    np.testing.assert_array_equal(found[-1], inner.generate(PROMPTS, 2))

@@ -26,13 +26,18 @@ def load(folder: pathlib.Path) -> Arms:
     """The runs of each arm at its chosen learning rate, by seed."""
     records = [json.loads(x.read_text()) for x in sorted(folder.glob("*.json"))]
     arms: Arms = {}
-    for record in sorted(records, key=lambda x: (x["settings"].get("from", ""), x["seed"])):
+    for record in sorted(records, key=_order):
         arms.setdefault(record["arm"], []).append(record)
     chosen = {}
     for arm, runs in arms.items():
         first = [x for x in runs if x["seed"] == runs[0]["seed"]]
         chosen[arm] = [x for x in runs if x["learning_rate"] == best_rate(first)]
     return chosen
+
+
+def _order(record: dict[str, Any]) -> tuple:
+    """Softmax first; last what goes on from the training of another arm."""
+    return record["arm"] != "softmax", record["settings"].get("from", ""), record["seed"]
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
@@ -118,7 +123,7 @@ def report_language_model(folder: pathlib.Path, name: str) -> str:
         for theta, axis in zip(thetas, axes, strict=True):
             curves = np.array([run["loss_by_position"][theta] for run in runs])
             for first, last in list(parts.values())[theta == thetas[-1] :]:
-                row.append(f"{curves[:, first:last].mean():.3f}")
+                row.append(spread(curves[:, first:last].mean(1).tolist()))
             positions = (np.arange(curves.shape[1]) + 0.5) * length / 2
             axis.plot(positions, curves.mean(0), label=arm, color=f"C{i}")
         rows.append(row)

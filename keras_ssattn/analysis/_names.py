@@ -1,18 +1,47 @@
 """Short names of layers, that do not depend on the number of models made before."""
 
-from collections.abc import Container
+from collections.abc import Iterable
 from typing import Any
 
+from keras_ssattn.layers import LengthScale, MultiHeadAttention, TransformerBlock
+from keras_ssattn.models.held import walk
 
-def layer_name(path: str, model: Any, taken: Container[str] = ()) -> str:
-    """The path of a layer or weight inside `model`, without the final `attention` of a block.
 
-    `causal_lm/block_1/attention` is `block_1`. A name already taken, by a layer that runs twice
-    or one of the same path in another part of the model, is followed by `#2` and so on.
+def layer_names(model: Any, others: Iterable[Any] = ()) -> dict[int, str]:
+    """The names of attention layers, blocks and length scales that are built, by their `id`.
+
+    A name is the path of the layer inside `model`: `causal_lm/block_1/attention` is `block_1`, as
+    are the block and the length scale. Layers of one path are told apart by the order in which the
+    model holds them: the second is `block_1#2`. `others` may be layers that it does not hold.
     """
-    name = path.removeprefix(f"{model.name}/").removesuffix("/attention")
-    unique, count = name, 1
-    while unique in taken:
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for layer in (*(layer for _, layer in walk(model)), *others):
+        named = isinstance(layer, (TransformerBlock, MultiHeadAttention, LengthScale))
+        if not named or layer.path is None:
+            continue
+        path = _path_inside(model, layer)
+        name = names.get(id(layer)) or _not_taken(path, taken)
+        taken.add(name)
+        names[id(layer)] = name
+        part = None
+        if isinstance(layer, TransformerBlock):
+            part = layer.attention
+        elif isinstance(layer, MultiHeadAttention):
+            part = layer.normalizer.length_scale
+        if part is not None and _path_inside(model, part) == path:
+            names[id(part)] = name
+    return names
+
+
+def _path_inside(model: Any, layer: Any) -> str:
+    path = layer.path.removesuffix("/length_scale").removesuffix("/normalizer")
+    return path.removeprefix(f"{model.name}/").removesuffix("/attention")
+
+
+def _not_taken(path: str, taken: set[str]) -> str:
+    name, count = path, 1
+    while name in taken:
         count += 1
-        unique = f"{name}#{count}"
-    return unique
+        name = f"{path}#{count}"
+    return name

@@ -10,12 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn.analysis import measures as functions
+from keras_ssattn.analysis._checks import check_index, check_threshold
 from keras_ssattn.analysis.recording import Recording, record
 from keras_ssattn.analysis.scale import learned_scale
 from keras_ssattn.layers._config import check_positive
 
 MEASURES = ("entropy", "sink_rate", "sparsity", "kurtosis", "max_activation", "s", "b")
-DEFAULT = ("entropy", "sink_rate", "kurtosis", "s")
+DEFAULT = ("entropy", "sink_rate", "kurtosis", "s")  # where a model has them
 
 
 class AttentionStatistics(keras.callbacks.Callback):
@@ -30,18 +31,21 @@ class AttentionStatistics(keras.callbacks.Callback):
         inputs: the batch, always the same; small, as all `T x S` weights are computed.
         measures: of `"entropy"`, `"sink_rate"`, `"sparsity"` (of attention weights),
             `"kurtosis"`, `"max_activation"` (of the outputs of `TransformerBlock`s), and `"s"`
-            and `"b"` (learned, of layers that have them).
+            and `"b"` (learned, of layers that have them). `None` for entropy, sink rate, kurtosis
+            and s, those of them that the model has.
         every: measure at the first epoch of `fit` and at those whose number it divides. The others
             have NaN, so that all have the same entries, as `CSVLogger` needs.
         per_head: whether to enter what has a value for each head (entropy, sparsity, s, b and
             the weight on a key) for each, `attention/block_1/head_0/entropy`, rather than its
-            mean over the heads.
+            mean over the heads. That is of the heads that attend to anything.
         sink_threshold: of `sink_rate`.
         key_index, query_index: of `weight_on`. With a `key_index`, the weight on that key,
             averaged over the batch, is entered as well, as `weight_on_key`.
 
     Raises:
-        ValueError: for an unknown measure, or an `every` that is not a positive integer.
+        ValueError: for an unknown measure, or one that no layer of the model has; or another
+            option that is not as above.
+        TypeError: for a `key_index` or `query_index` that are not integers.
 
     Example:
 
@@ -59,7 +63,7 @@ class AttentionStatistics(keras.callbacks.Callback):
     def __init__(
         self,
         inputs: Any,
-        measures: Iterable[str] = DEFAULT,
+        measures: Iterable[str] | None = None,
         *,
         every: int = 1,
         per_head: bool = False,
@@ -69,21 +73,28 @@ class AttentionStatistics(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.inputs = inputs
-        self.measures = (measures,) if isinstance(measures, str) else tuple(measures)
-        unknown = [name for name in self.measures if name not in MEASURES]
-        if unknown or not self.measures:
-            raise ValueError(
-                f"`measures` must be one or more of {MEASURES}. Received: {self.measures}"
-            )
+        self._required = () if measures is None else _names(measures)
+        self.measures = self._required or DEFAULT
         self.every = check_positive("every", every)
+        if not isinstance(per_head, bool):
+            raise ValueError(f"`per_head` must be True or False. Received: per_head={per_head!r}")
         self.per_head = per_head
-        self.sink_threshold = sink_threshold
+        self.sink_threshold = check_threshold("sink_threshold", sink_threshold)
+        for name, index in (("key_index", key_index), ("query_index", query_index)):
+            if index is not None:
+                check_index(name, index)
+        if key_index is None and query_index is not None:
+            raise ValueError(
+                "`key_index` must be given with `query_index`. Received: key_index=None, "
+                f"query_index={query_index!r}"
+            )
         self.key_index = key_index
         self.query_index = query_index
         self._entries: list[str] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._entries = []
+        self.measure()  # what cannot be measured raises here, and not after an epoch
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if epoch % self.every == 0 or not self._entries:
@@ -96,16 +107,26 @@ class AttentionStatistics(keras.callbacks.Callback):
 
     def measure(self) -> dict[str, float]:
         """The entries for the model as it is."""
+        recording = record(self.model, self.inputs)
+        maps = recording.attention.items()
+        # NaN of other layers is only of a head, or a sequence, with nothing to measure
+        broken = {layer for layer, x in maps if np.isnan(x.weights).any()}
         values: dict[str, float] = {}
-        for name, by_layer in self._measure(record(self.model, self.inputs)).items():
+        for name, by_layer in self._measure(recording).items():
+            if not by_layer and name in self._required:
+                raise ValueError(
+                    "`measures` must be of layers that the model has. Received: "
+                    f"{name!r}, which no layer of the model {self.model.name!r} has"
+                )
             for layer, value in by_layer.items():
                 value = np.asarray(ops.convert_to_numpy(value), "float64")
+                mean = np.mean if layer in broken else _mean_of_measured
                 if self.per_head and value.ndim:
                     for head in range(value.shape[-1]):
                         entry = f"attention/{layer}/head_{head}/{name}"
-                        values[entry] = _mean(value[..., head])
+                        values[entry] = float(mean(value[..., head]))
                 else:
-                    values[f"attention/{layer}/{name}"] = _mean(value)
+                    values[f"attention/{layer}/{name}"] = float(mean(value))
         return values
 
     def _measure(self, recording: Recording) -> dict[str, dict[str, Any]]:
@@ -134,7 +155,14 @@ class AttentionStatistics(keras.callbacks.Callback):
         return results
 
 
-def _mean(x: np.ndarray) -> float:
-    """The mean of what could be measured."""
+def _mean_of_measured(x: np.ndarray) -> Any:
     measured = x[~np.isnan(x)]
-    return float(measured.mean()) if measured.size else math.nan
+    return measured.mean() if measured.size else math.nan
+
+
+def _names(measures: Any) -> tuple:
+    single = isinstance(measures, str) or not isinstance(measures, Iterable)
+    names = (measures,) if single else tuple(measures)
+    if not names or any(name not in MEASURES for name in names):
+        raise ValueError(f"`measures` must be one or more of {MEASURES}. Received: {names}")
+    return names

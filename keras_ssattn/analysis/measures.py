@@ -2,27 +2,26 @@
 
 Weights are `[B, H, T, S]`, with a mask of the keys that each query sees. Every measure is of the
 keys seen: a weight on a hidden key counts for nothing, a query that sees no key not at all. What
-cannot be measured, because nothing is seen, is NaN. Softpick's weights have signs, and rows that
-do not sum to one: `attention_entropy`, `sink_rate` and `sparsity` are of their magnitudes.
+cannot be measured, because nothing is seen, is NaN, and so is the measure of weights with NaN.
+Softpick's weights have signs, and rows that do not sum to one: `attention_entropy`, `sink_rate`
+and `sparsity` are of their magnitudes.
 
 All arithmetic is in float32, in float64 for float64 inputs.
 """
 
 import math
-import numbers
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_ssattn.ops._arguments import (
-    check_broadcastable,
-    check_floating,
-    check_mask,
-    check_rank,
-    to_tensor,
-    widen,
+from keras_ssattn.analysis._checks import (
+    check_index,
+    check_threshold,
+    check_values,
+    check_weights,
 )
+from keras_ssattn.ops._arguments import check_broadcastable
 
 
 def attention_entropy(weights: Any, mask: Any = None) -> Any:
@@ -54,12 +53,12 @@ def attention_entropy(weights: Any, mask: Any = None) -> Any:
     >>> round(float(attention_entropy(weights)[0]), 4)  # the mean of log 2 and 0
     0.3466
     """
-    weights, _ = _check_weights(weights, mask)
+    weights, _ = check_weights(weights, mask)
     size = ops.abs(weights)
     total = ops.sum(size, axis=-1, keepdims=True)
-    p = size / ops.where(total > 0, total, 1.0)
-    terms = ops.where(p > 0, p * ops.log(ops.where(p > 0, p, 1.0)), 0.0)
-    return _mean(-ops.sum(terms, axis=-1), total[..., 0] > 0, axis=(0, 2))
+    p = size / ops.where(total == 0, 1.0, total)
+    terms = p * ops.log(ops.where(p > 0, p, 1.0))
+    return _mean(-ops.sum(terms, axis=-1), total[..., 0] != 0, axis=(0, 2))
 
 
 def sink_rate(weights: Any, mask: Any = None, threshold: float = 0.3) -> Any:
@@ -97,12 +96,12 @@ def sink_rate(weights: Any, mask: Any = None, threshold: float = 0.3) -> Any:
 
     References: Gu et al., arXiv 2410.10781; Zuhri et al., arXiv 2504.20966.
     """
-    _check_threshold(threshold)
-    weights, mask = _check_weights(weights, mask)
+    check_threshold("threshold", threshold)
+    weights, mask = check_weights(weights, mask)
     seen = ops.any(mask, axis=2, keepdims=True)  # [B, H, 1, S]
     is_first = ops.logical_and(seen, ops.cumsum(ops.cast(seen, "int32"), axis=-1) == 1)
     mean, found = _mean_on(ops.abs(weights), mask, is_first)
-    return _mean(ops.cast(mean > threshold, weights.dtype), found, axis=(0, 1))
+    return _mean(_share(mean > threshold, mean), found, axis=(0, 1))
 
 
 def sparsity(weights: Any, mask: Any = None, threshold: float = 0.0) -> Any:
@@ -134,9 +133,9 @@ def sparsity(weights: Any, mask: Any = None, threshold: float = 0.0) -> Any:
 
     Reference: Zuhri et al., arXiv 2504.20966.
     """
-    _check_threshold(threshold)
-    weights, mask = _check_weights(weights, mask)
-    zero = ops.cast(ops.abs(weights) <= threshold, weights.dtype)
+    check_threshold("threshold", threshold)
+    weights, mask = check_weights(weights, mask)
+    zero = _share(ops.abs(weights) <= threshold, weights)
     return _mean(zero, mask, axis=(0, 2, 3))
 
 
@@ -169,7 +168,7 @@ def weight_on(weights: Any, key_index: Any, query_index: Any = None, mask: Any =
     >>> float(weight_on(weights, key_index=0, query_index=-1)[0, 0])
     0.25
     """
-    weights, mask = _check_weights(weights, mask)
+    weights, mask = check_weights(weights, mask)
     batch, _, queries, keys = weights.shape
     is_key = _one_hot("key_index", key_index, batch, keys)  # [B|1, S]
     if query_index is not None:
@@ -193,7 +192,7 @@ def kurtosis(values: Any, mask: Any = None) -> Any:
         mask: boolean `[B, T]`, or of the shape without the last axis; False at padding.
 
     Returns:
-        A float32 scalar, NaN where all values are the same.
+        A float32 scalar, NaN where all values are the same or there are none.
 
     Raises:
         TypeError: for values that are not floating-point, or a float mask.
@@ -210,9 +209,10 @@ def kurtosis(values: Any, mask: Any = None) -> Any:
 
     Reference: Zuhri et al., arXiv 2504.20966.
     """
-    values, mask = _check_values(values, mask)
-    low = ops.min(ops.where(mask, values, math.inf))
-    high = ops.max(ops.where(mask, values, -math.inf))
+    values, mask = check_values(values, mask)
+    values = values / 16  # so that no range overflows, nor its inverse falls below normal numbers
+    low = ops.min(ops.where(mask, values, math.inf), initial=math.inf)
+    high = ops.max(ops.where(mask, values, -math.inf), initial=-math.inf)
     x = (values - low) / (high - low)  # in [0, 1]: no power overflows
     square = ops.square(x - _mean(x, mask))
     return _mean(ops.square(square / _mean(square, mask)), mask)
@@ -226,7 +226,7 @@ def max_activation(values: Any, mask: Any = None) -> Any:
         mask: boolean `[B, T]`, or of the shape without the last axis; False at padding.
 
     Returns:
-        A float32 scalar, NaN where the mask leaves none.
+        A float32 scalar, NaN where there are none or the mask leaves none.
 
     Raises:
         TypeError: for values that are not floating-point, or a float mask.
@@ -241,8 +241,8 @@ def max_activation(values: Any, mask: Any = None) -> Any:
 
     Reference: Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762.
     """
-    values, mask = _check_values(values, mask)
-    largest = ops.max(ops.where(mask, ops.abs(values), -1.0))
+    values, mask = check_values(values, mask)
+    largest = ops.max(ops.where(mask, ops.abs(values), -1.0), initial=-1.0)
     return ops.where(largest < 0, math.nan, largest)
 
 
@@ -252,6 +252,11 @@ def _mean(x: Any, where: Any, axis: Any = None) -> Any:
     total = ops.sum(ops.where(where, x, 0.0), axis=axis)
     count = ops.sum(ops.cast(where, x.dtype), axis=axis)
     return ops.where(count > 0, total / ops.maximum(count, 1.0), math.nan)
+
+
+def _share(condition: Any, x: Any) -> Any:
+    """1 where the condition on `x` holds, 0 where not, NaN where `x` is NaN."""
+    return ops.where(ops.isnan(x), math.nan, ops.cast(condition, x.dtype))
 
 
 def _mean_on(weights: Any, mask: Any, is_key: Any) -> tuple[Any, Any]:
@@ -264,52 +269,10 @@ def _mean_on(weights: Any, mask: Any, is_key: Any) -> tuple[Any, Any]:
 
 def _one_hot(name: str, index: Any, batch: int, length: int) -> Any:
     """Boolean `[B|1, length]`, True at the index of each row."""
-    index = np.asarray(ops.convert_to_numpy(index) if ops.is_tensor(index) else index)
-    if index.dtype.kind not in "iu":
-        raise TypeError(f"`{name}` must be integers. Received: dtype {index.dtype}")
-    if index.ndim > 1:
-        raise ValueError(f"`{name}` must have shape [] or [B]. Received: shape {index.shape}")
+    index = check_index(name, index)
     check_broadcastable(name, index.shape, (batch,), "[B]")
     if np.any(index < -length) or np.any(index >= length):
         raise ValueError(
             f"`{name}` must lie in [-{length}, {length}). Received: {name}={index.tolist()}"
         )
     return ops.convert_to_tensor(np.reshape(index, (-1, 1)) % length == np.arange(length))
-
-
-def _check_threshold(threshold: Any) -> None:
-    if (
-        isinstance(threshold, bool)
-        or not isinstance(threshold, numbers.Real)
-        or not float(threshold) >= 0
-    ):
-        raise ValueError(
-            f"`threshold` must be a number, 0 or more. Received: threshold={threshold!r}"
-        )
-
-
-def _check_weights(weights: Any, mask: Any) -> tuple[Any, Any]:
-    """Wide weights, 0 where the key is not seen, and the mask `[B, H, T, S]`."""
-    weights = to_tensor(weights)
-    check_floating("weights", weights)
-    check_rank("weights", weights, 4)
-    mask = _to_shape("mask", mask, tuple(weights.shape), "[B, H, T, S]")
-    return ops.where(mask, widen(weights), 0.0), mask
-
-
-def _check_values(values: Any, mask: Any) -> tuple[Any, Any]:
-    """Wide values, 0 where masked, and the mask of their shape."""
-    values = to_tensor(values)
-    check_floating("values", values)
-    shape = tuple(values.shape)
-    mask = _to_shape("mask", mask, shape[:-1], "the shape of `values` without its last axis")
-    mask = ops.broadcast_to(ops.expand_dims(mask, -1), shape)
-    return ops.where(mask, widen(values), 0.0), mask
-
-
-def _to_shape(name: str, mask: Any, shape: tuple, shape_name: str) -> Any:
-    if mask is None:
-        return ops.ones(shape, dtype="bool")
-    mask = check_mask(name, mask)
-    check_broadcastable(name, tuple(mask.shape), shape, shape_name)
-    return ops.broadcast_to(mask, shape)

@@ -1,10 +1,13 @@
 """Plots of attention maps and of learned scales, by matplotlib."""
 
 import importlib
+import numbers
 from typing import Any
 
 import numpy as np
 from keras import ops
+
+from keras_ssattn.analysis.recording import Recording
 
 UNSEEN = "0.82"  # gray, where a query does not see a key
 LARGEST = 16.0  # inches, of the maps on a side of a figure
@@ -27,7 +30,8 @@ def plot_attention(attention: Any, sequence: int = 0) -> Any:
 
     Raises:
         ImportError: without matplotlib, an extra: `pip install keras-ssattn[plots]`.
-        ValueError: for weights of another rank, no layer, or a sequence outside the batch.
+        ValueError: for weights of another rank, a mask that does not fit them, no layer, or a
+            sequence outside the batch.
 
     Example:
 
@@ -39,6 +43,10 @@ def plot_attention(attention: Any, sequence: int = 0) -> Any:
     >>> [axes.get_title() for axes in figure.axes][:2]
     ['head 0', 'head 1']
     """
+    if isinstance(attention, Recording):
+        raise ValueError(
+            "`attention` must be the `attention` of a `Recording`. Received: all of it"
+        )
     maps = {name: _maps(name, x, sequence) for name, x in _by_name("attention", attention).items()}
     rows, columns = len(maps), max(len(x) for x in maps.values())
     side = max(1.0, min(2.0, LARGEST / max(rows, columns)))
@@ -156,24 +164,41 @@ def _by_name(argument: str, values: Any) -> dict[str, Any]:
 
 def _maps(name: str, attention: Any, sequence: int) -> Any:
     """The maps of a layer, `[H, T, S]`, masked where a query does not see a key."""
-    weights, mask = attention if isinstance(attention, tuple) else (attention, None)
-    weights = _to_numpy(weights)
+    pair = isinstance(attention, tuple) and len(attention) == 2
+    weights, mask = attention if pair else (attention, None)
+    weights = _numbers("attention", weights)
     if weights.ndim != 4:
         raise ValueError(
             "`attention` must be weights of shape [B, H, T, S]. Received: shape "
             f"{weights.shape} for layer {name!r}"
         )
-    if not 0 <= sequence < len(weights):
+    if (
+        isinstance(sequence, bool)
+        or not isinstance(sequence, numbers.Integral)
+        or not 0 <= sequence < len(weights)
+    ):
         raise ValueError(
             f"`sequence` must be one of the batch, from 0 to {len(weights) - 1}. Received: "
-            f"sequence={sequence}"
+            f"sequence={sequence!r}"
         )
-    seen = np.ones(weights.shape, bool) if mask is None else _to_numpy(mask).astype(bool)
-    return np.ma.masked_array(weights, ~np.broadcast_to(seen, weights.shape))[sequence]
+    seen = np.asarray(True) if mask is None else _to_numpy(mask)
+    try:
+        seen = np.broadcast_to(seen, weights.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"`attention` must have a mask broadcastable to its weights, {weights.shape}. "
+            f"Received: a mask of shape {seen.shape} for layer {name!r}"
+        ) from error
+    if seen.dtype.kind not in "biu":
+        raise ValueError(
+            "`attention` must have a boolean mask (True = attend). Received: a mask of dtype "
+            f"{seen.dtype} for layer {name!r}"
+        )
+    return np.ma.masked_array(weights, ~seen.astype(bool))[sequence]
 
 
 def _scale(name: str, values: Any) -> np.ndarray:
-    values = np.atleast_1d(_to_numpy(values))
+    values = np.atleast_1d(_numbers("scales", values))
     if values.ndim != 1:
         raise ValueError(
             f"`scales` must be arrays of shape [H] or []. Received: shape {values.shape} for "
@@ -182,5 +207,12 @@ def _scale(name: str, values: Any) -> np.ndarray:
     return values
 
 
+def _numbers(argument: str, x: Any) -> np.ndarray:
+    try:
+        return _to_numpy(x).astype("float64")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{argument}` must be arrays of numbers. Received: {x!r}") from error
+
+
 def _to_numpy(x: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x, "float64")
+    return np.asarray(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_ssattn.analysis._names import layer_name
+from keras_ssattn.analysis._names import layer_names
 from keras_ssattn.layers import MultiHeadAttention, TransformerBlock
 from keras_ssattn.layers._masks import attention_mask_by_head, both_masks
+from keras_ssattn.models.held import walk
+from keras_ssattn.models.state import sync_state
 from keras_ssattn.ops import visible_keys
 from keras_ssattn.ops._arguments import widen
 
@@ -89,11 +92,12 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
     moment. Other threads may use the model meanwhile; recordings of several take turns.
 
     A name is the path of the layer inside the model, `block_1` for the attention of that block
-    and for its output, `block_1/context_attention` for its cross-attention. A layer that runs
-    more than once has `#2` and so on after it.
+    and for its output, `block_1/context_attention` for its cross-attention. Of several layers of
+    one path, the second that the model holds is `block_1#2`; the second run of one layer is
+    `block_1@2`.
 
     Args:
-        model: a Keras model, or layer. One that is not built is called once before.
+        model: a Keras model, or layer. One in which any layer is not built is called once before.
         inputs: a batch of inputs.
         **options: of the call, such as a mask.
 
@@ -103,6 +107,7 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
     Raises:
         ValueError: for a model in which no `MultiHeadAttention` runs, or runs inside a compiled
             or rematerialized function, which has no values to record.
+        RuntimeError: on JAX, during `fit` of another model that holds this one and its values.
 
     Example:
 
@@ -118,18 +123,17 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
     >>> analysis.attention_entropy(weights, mask).shape
     (2,)
     """
-    if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
-        model.jax_state_sync()
-    if not model.built:
+    sync_state(model)
+    if not all(layer.built for _, layer in walk(model)):  # some layers are built by running them
         model(inputs, training=False, **options)
-    recording = Recording({}, {})
+    attention: list[tuple[Any, AttentionMap]] = []
+    hidden: list[tuple[Any, HiddenState]] = []
 
     def attend(layer: Any, arguments: dict[str, Any], call: Callable) -> Any:
         asked = arguments["return_attention_scores"]
         output, weights, *cache = call(**{**arguments, "return_attention_scores": True})
         mask = _visible(layer, arguments, weights.shape, *cache)
-        name = layer_name(layer.path, model, recording.attention)
-        recording.attention[name] = AttentionMap(_copy(layer, widen(weights)), _copy(layer, mask))
+        attention.append((layer, AttentionMap(_copy(layer, widen(weights)), _copy(layer, mask))))
         results = (output, weights, *cache) if asked else (output, *cache)
         return results[0] if len(results) == 1 else results
 
@@ -138,19 +142,30 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
         values = results if arguments["cache"] is None else results[0]
         mask = arguments["inputs_mask"] if arguments["mask"] is None else arguments["mask"]
         mask = ops.ones(values.shape[:2], "bool") if mask is None else ops.cast(mask, "bool")
-        name = layer_name(layer.path, model, recording.hidden)
         mask = ops.broadcast_to(mask, values.shape[:2])
-        recording.hidden[name] = HiddenState(_copy(layer, widen(values)), _copy(layer, mask))
+        hidden.append((layer, HiddenState(_copy(layer, widen(values)), _copy(layer, mask))))
         return results
 
     with _observed(MultiHeadAttention, attend), _observed(TransformerBlock, transform):
         model(inputs, training=False, **options)
-    if not recording.attention:
+    if not attention:
         raise ValueError(
             "`model` must run a `keras_ssattn.layers.MultiHeadAttention`. Received: "
             f"{type(model).__name__} named {model.name!r}, in which none ran"
         )
-    return recording
+    names = layer_names(model, [layer for layer, _ in hidden + attention])
+    return Recording(_by_name(attention, names), _by_name(hidden, names))
+
+
+def _by_name(runs: list[tuple[Any, Any]], names: dict[int, str]) -> dict[str, Any]:
+    """What the layers did in each run, by their names."""
+    results: dict[str, Any] = {}
+    count: Counter[int] = Counter()
+    for layer, result in runs:
+        name = names[id(layer)]
+        count[id(layer)] += 1
+        results[name if count[id(layer)] == 1 else f"{name}@{count[id(layer)]}"] = result
+    return results
 
 
 @contextmanager

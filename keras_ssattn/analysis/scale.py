@@ -1,13 +1,15 @@
 """The learned length scales of a model."""
 
-import re
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_ssattn.analysis._names import layer_name
+from keras_ssattn.analysis._names import layer_names
+from keras_ssattn.layers import LengthScale
 from keras_ssattn.layers._config import check_choice
+from keras_ssattn.models.held import walk
+from keras_ssattn.models.state import sync_state
 
 
 def learned_scale(model: Any, parameter: str = "s") -> dict[str, np.ndarray]:
@@ -26,6 +28,7 @@ def learned_scale(model: Any, parameter: str = "s") -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: for a model that is not built, or another parameter.
+        RuntimeError: as `record`.
 
     Example:
 
@@ -43,13 +46,12 @@ def learned_scale(model: Any, parameter: str = "s") -> dict[str, np.ndarray]:
             "`model` must be built: call it on a batch first. Received: "
             f"{type(model).__name__} named {model.name!r}, which has no weights yet"
         )
-    if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
-        model.jax_state_sync()
-    found: dict[str, np.ndarray] = {}
-    for weight in model.weights:
-        # the attention layer's, or the path of a normalizer by itself
-        match = re.fullmatch(rf"(.*?)(/normalizer)?/length_scale/{parameter}", weight.path)
-        if match:
-            name = layer_name(match[1], model, found)
-            found[name] = np.array(ops.convert_to_numpy(weight.value), "float32")
-    return found
+    sync_state(model)
+    names = layer_names(model)
+    return {
+        names[id(layer)]: np.array(ops.convert_to_numpy(weight.value), "float32")
+        for _, layer in walk(model)
+        if isinstance(layer, LengthScale)
+        for weight in layer.weights
+        if weight.name == parameter
+    }

@@ -53,7 +53,11 @@ def check_expansion(value: Any) -> float | None:
     """Returns `value`, a positive number, as a `float`, or `None`, or raises."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not 0 < float(value) < math.inf
+    ):
         raise ValueError(
             f"`ffn_expansion` must be a positive number or None. Received: ffn_expansion={value!r}"
         )

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 
 from keras_ssattn.layers import normalizers
-from keras_ssattn.models.converted import foreign_below, mark
-from keras_ssattn.models.copies import Copies
+from keras_ssattn.models.converted import cannot_be_loaded, foreign_below, mark, scope_with
+from keras_ssattn.models.copies import Copies, custom_objects
 from keras_ssattn.models.held import walk
 from keras_ssattn.models.retrofit import Retrofit
 from keras_ssattn.models.substitution import refusal, substituted
@@ -24,7 +24,8 @@ def convert_attention(
 
     Every `keras.layers.MultiHeadAttention` and `GroupQueryAttention` becomes a
     `keras_ssattn.layers.MultiHeadAttention`, wherever it is: in functional and sequential
-    models, in models inside models, in layers and models of your own. In KerasHub's models so do
+    models, in models inside models, in layers and models of your own. As in Keras's, a mask of
+    any dtype is True where it is not 0. In KerasHub's models so do
     `CachedMultiHeadAttention` (as in `GPT2CausalLM`) and Llama's attention, and `generate` goes
     on working with its cache. Names, options, trainable flags and shared layers stay.
 
@@ -47,18 +48,25 @@ def convert_attention(
         causal: whether each query saw the keys up to its own, n = 1 ... L, as in language
             models, or all of them, n = L, as in encoders. Sliding windows are taken into account,
             padding is not. s alone depends on it; at any time n is counted from the masks.
+            All attention starts from the one s. Where a query sees all keys of another sequence,
+            in cross-attention, its n is the length of that one throughout: there, in a model
+            with causal attention too, s should start at 1 / log of it, which you can `assign`
+            to `normalizer.s`.
 
     Returns:
         The new model. It saves and loads as any other, after `import keras_ssattn`; but load its
-        weights into converted models only: Keras does not notice an s that a model lacks. It
-        differs from the old one where a query sees no key: there attention gives zeros.
+        weights into converted models only: Keras does not notice an s that a model lacks.
+        KerasHub's presets have no place for it: `save_to_preset` raises. The model differs from
+        the old one where a query sees no key: there attention gives zeros.
 
     Raises:
         TypeError: for a `model` that is no `keras.Model`, or is not built.
         ValueError: if there is no attention, or some that cannot be converted: the message
             names each such layer and what prevents it, such as `use_gate=True`, attention over
-            other axes than time, quantization, LoRA, or a class that cannot be made again. Also
-            for an unknown normalizer, and a `train_length` below 2, missing or out of place.
+            other axes than time, quantization, LoRA anywhere, a class that cannot be made again
+            or shares its name with another, or a dtype policy that only a global one of before
+            has set. Also for an unknown normalizer, and a `train_length` below 2, missing or out
+            of place.
 
     Example:
 
@@ -82,10 +90,14 @@ def convert_attention(
             f"Received: `{model.name}`, without any"
         )
     refusals = [(path, refusal(layer, wanted)) for path, layer in found]
+    refusals += [
+        (path, "LoRA is enabled")
+        for path, layer in walk(model)
+        if getattr(layer, "lora_enabled", False)
+    ]
     _raise_for([(path, reason) for path, reason in refusals if reason is not None])
-    classes = {type(layer) for _, layer in walk(model)}
-    custom = {c.__name__: c for c in classes if c.__module__.split(".")[0] != "keras"}
-    with substituted(wanted), keras.saving.custom_object_scope(custom):
+    custom = custom_objects(model)
+    with substituted(wanted), scope_with(custom):
         copies = Copies(paths)
         new = copies.make(model)
         if not new.built:
@@ -99,6 +111,8 @@ def convert_attention(
     )
     copies.copy_state(model, new)
     mark(new, wanted)
+    with scope_with(custom):
+        _raise_for(cannot_be_loaded(new))
     return new
 
 
@@ -129,4 +143,4 @@ def _check(model: Any, normalizer: Any, train_length: Any, causal: Any) -> Retro
 def _raise_for(reasons: list[tuple[str, str]]) -> None:
     if reasons:
         lines = "".join(f"\n- {path}: {reason}" for path, reason in reasons)
-        raise ValueError(f"`model` must have attention that can be converted. Received:{lines}")
+        raise ValueError(f"`model` must consist of layers that can be converted. Received:{lines}")

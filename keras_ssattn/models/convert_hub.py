@@ -53,8 +53,11 @@ class KerasHubAttention(keras.layers.Layer):
     ) -> Any:
         if attention_mask is not None:
             options["attention_mask"] = ops.cast(attention_mask, "bool")
+        # Not through `__call__`, which would add the masks attached to the tensors: KerasHub's
+        # attention has no arguments for them, and sees what `attention_mask` says
+        attend = self.attention.call
         if cache is None:
-            return self.attention(query, value, key, **options)
+            return attend(query, value, key, **options)
         if cache_update_index is None:
             raise ValueError(
                 "`cache_update_index` must be given with `cache`: one of projected keys and "
@@ -62,7 +65,7 @@ class KerasHubAttention(keras.layers.Layer):
             )
         batch_size, _, length = ops.shape(cache)[:3]
         unpadded = ops.ones((batch_size, length), "bool")  # `attention_mask` has the padding
-        *results, new = self.attention(
+        *results, new = attend(
             query,
             value,
             key,
@@ -83,6 +86,10 @@ class KerasHubAttention(keras.layers.Layer):
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class KerasHubMultiHeadAttention(KerasHubAttention):
     """What `keras_hub.layers.CachedMultiHeadAttention` becomes, with its call."""
+
+    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(options, **kwargs)
+        self.supports_masking = True  # passes masks on, as KerasHub's does
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         self.attention = self.make_attention()
@@ -228,9 +235,8 @@ def remake_task(task: Any) -> Any | None:
     models = sys.modules.get("keras_hub.models")
     if models is None or not isinstance(task, models.Task):
         return None
-    config = {**task.get_config(), "preprocessor": None}
+    config = {**task.get_config(), "preprocessor": task.preprocessor}
     new = type(task).from_config(config)
-    new.preprocessor = task.preprocessor
     if isinstance(task, models.CausalLM) and task.compiled:
         new.compile(sampler=type(task.sampler).from_config(task.sampler.get_config()))
     return new

@@ -21,6 +21,18 @@ def converted_below(layer: Any) -> list[Any]:
     return [found for _, found in walk(layer) if isinstance(found, MultiHeadAttention)]
 
 
+def scope_with(custom_objects: dict[str, Any]) -> Any:
+    """A scope of custom objects that keeps those of the scope around it, as Keras's does not."""
+    with keras.saving.custom_object_scope({}) as scope:
+        around = scope.backup
+    return keras.saving.custom_object_scope({**around, **custom_objects})
+
+
+def original_class(layer: Any) -> type:
+    """The class that a layer has, or had before it was converted."""
+    return getattr(type(layer), "_original", type(layer))
+
+
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class Converted:
     """Goes before the class of a layer that makes its attention itself.
@@ -36,12 +48,20 @@ class Converted:
     _complete = True  # whether all attention is there, which a layer may make when first called
 
     def get_config(self) -> dict[str, Any]:
-        converted = type(self)
-        object.__setattr__(self, "__class__", self._original)
+        # What is below, and is to become the same, becomes it when this is made again. Its
+        # configuration is the old one, which this one's class may give to the old class itself.
+        same = [
+            (holder, type(holder))
+            for _, holder in walk(self)
+            if isinstance(holder, Converted) and holder._retrofit == self._retrofit
+        ]
+        for holder, converted in same:
+            object.__setattr__(holder, "__class__", converted._original)
         try:
             layer = keras.saving.serialize_keras_object(self)
         finally:
-            object.__setattr__(self, "__class__", converted)
+            for holder, converted in same:
+                object.__setattr__(holder, "__class__", converted)
         layer.pop("compile_config", None)  # stands beside this configuration
         retrofit = self._retrofit.get_config()
         return {"layer": layer, "retrofit": retrofit, "num_attentions": self._num_attentions}
@@ -50,8 +70,8 @@ class Converted:
     def from_config(cls, config: dict[str, Any]) -> Any:
         retrofit = Retrofit.from_config(config["retrofit"])
         original = getattr(cls, "_original", None)
-        scope = {} if original is None else {original.__name__: original}
-        with substituted(retrofit), keras.saving.custom_object_scope(scope):
+        known = {} if original is None else {keras.saving.get_registered_name(original): original}
+        with substituted(retrofit), scope_with(known):
             layer = keras.saving.deserialize_keras_object(config["layer"])
         mark(layer, retrofit)
         _become_converted(layer, retrofit, config["num_attentions"])
@@ -87,6 +107,25 @@ def mark(layer: Any, retrofit: Retrofit) -> None:
             _become_converted(holder, retrofit, count)
 
 
+def cannot_be_loaded(model: Any) -> list[tuple[str, str]]:
+    """The layers that hold converted attention and that no file would bring back, and why."""
+    converted = [(path, x) for path, x in walk(model) if isinstance(x, Converted)]
+    inside = {id(y) for _, x in converted for _, y in walk(x) if y is not x}
+    reasons = []
+    for path, layer in converted:
+        # KerasHub's are large, and all alike
+        if id(layer) in inside or layer._original.__module__.split(".")[0] == "keras_hub":
+            continue
+        config = keras.saving.serialize_keras_object(layer.get_config())
+        config["layer"].pop("build_config", None)  # spares the memory of its weights
+        try:
+            type(layer).from_config(config)
+        except Exception as error:
+            name = layer._original.__name__
+            reasons.append((path, f"`{name}`, once converted, could not be loaded: {error}"))
+    return reasons
+
+
 def _become_converted(layer: Any, retrofit: Retrofit, num_attentions: int) -> None:
     if not isinstance(layer, Converted):
         cls: Any = type(layer)
@@ -97,10 +136,20 @@ def _become_converted(layer: Any, retrofit: Retrofit, num_attentions: int) -> No
 
 @functools.cache
 def _converted_class(original: type) -> type:
-    cls = type(original.__name__, (Converted, original), {"_original": original})
+    attributes: dict[str, Any] = {"_original": original}
+    if hasattr(original, "save_to_preset"):
+        attributes["save_to_preset"] = _refuse_preset
+    cls = type(original.__name__, (Converted, original), attributes)
     cls.__qualname__ = f"Converted[{original.__qualname__}]"
     # Files name one class, whatever the original; the last registered is the one found
     register = keras.saving.register_keras_serializable("keras_ssattn", "Converted")
     register(cls)
     register(Converted)
     return cls
+
+
+def _refuse_preset(self: Any, *_: Any, **__: Any) -> None:
+    raise ValueError(
+        "A converted model must be saved with `.save()`, as KerasHub loads presets of its own "
+        f"attention only. Received: `save_to_preset` of a converted `{self._original.__name__}`"
+    )

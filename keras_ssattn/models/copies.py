@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from keras_ssattn.models import convert_hub
-from keras_ssattn.models.converted import converted_below
-from keras_ssattn.models.held import held_layers, walk
+from keras_ssattn.models.converted import converted_below, original_class
+from keras_ssattn.models.held import held_layers, parents_first, walk
 from keras_ssattn.models.substitution import is_foreign_attention
 
 
@@ -63,20 +63,27 @@ class Copies:
         for old, copy in list(self.pairs.values()):
             if isinstance(old, keras.Layer) and type(old) not in graphs:
                 self._pair_below(old, copy)
-        for _, layer in walk(model):  # models before their layers, whose flags they set
-            old, copy = self.pairs.get(id(layer), (layer, layer))
-            if old is not copy:
-                try:
-                    _copy_state(old, copy)
-                except (KeyError, ValueError) as error:
-                    raise ValueError(
-                        "`model` must consist of layers whose copies take their weights. "
-                        f"Received: {self._name(layer)}: {error}"
-                    ) from error
+        layers = parents_first(model)  # as a layer sets the flags of all that it holds
+        copied = [self.pairs[id(x)] for x in layers if id(x) in self.pairs]
+        copied = [(old, copy) for old, copy in copied if old is not copy]
+        for old, copy in copied:
+            self._check_kind(old, copy)
+            if copy.trainable != old.trainable:
+                copy.trainable = old.trainable
+        for old, copy in copied:
+            try:
+                _copy_state(old, copy)
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    "`model` must consist of layers whose copies take their weights. "
+                    f"Received: {self._name(old)}: {error}"
+                ) from error
         if _num_weights(new) != _num_weights(model):
+            alone = [w.path for x in layers if id(x) not in self.pairs for w in x.weights]
             raise ValueError(
                 "`model` must have the weights that its configuration makes. Received: "
-                f"{_num_weights(model)} weights, and {_num_weights(new)} in a copy"
+                f"{_num_weights(model)} weights, and {_num_weights(new)} in a copy, which lacks "
+                f"{', '.join(dict.fromkeys(alone)) or 'none'}"
             )
 
     def _pair_below(self, old: Any, copy: Any) -> None:
@@ -88,9 +95,18 @@ class Copies:
         else:
             held, copies = held_layers(old), held_layers(copy)
         for child in {id(x): x for x in held.values()}.values():
-            found = [copies[key] for key, x in held.items() if x is child and key in copies]
+            keys = [key for key, x in held.items() if x is child and key in copies]
+            # Keras's own list goes by when an attribute was set, as the attributes do not
+            named = [key for key in keys if key[0] != "_layers"]
+            found = [copies[key] for key in named or keys]
             if id(child) in self.pairs:
                 found.append(self.pairs[id(child)][1])
+            if not found and not copy.built:
+                raise ValueError(
+                    "`model` must consist of layers that can be built from their configuration. "
+                    f"Received: {self._name(old)}, whose copy is not built: the class that holds "
+                    "it needs a `build`, or a `get_build_config` and `build_from_config`"
+                )
             if not found or any(x is not found[0] for x in found):
                 raise ValueError(
                     "`model` must share layers only as their configurations say. Received: "
@@ -101,8 +117,47 @@ class Copies:
                 if child is not found[0]:
                     self._pair_below(child, found[0])
 
+    def _check_kind(self, old: Any, copy: Any) -> None:
+        """Raises unless class and dtypes are those of before."""
+        if original_class(copy) is not original_class(old) and not is_foreign_attention(old):
+            raise ValueError(
+                "`model` must consist of layers whose configuration makes their class. Received: "
+                f"{self._name(old)}, of which the copy is a `{_full_name(type(copy))}`"
+            )
+        if isinstance(old, (_functional_class(), keras.Sequential)):
+            return  # only their layers compute
+        dtypes = [(layer.variable_dtype, layer.compute_dtype) for layer in (old, copy)]
+        if dtypes[0] != dtypes[1]:
+            raise ValueError(
+                "`model` must have its dtype policies in its configuration, or be converted under "
+                "the global one that it was made under, `keras.config.set_dtype_policy`. Received: "
+                f"{self._name(old)}, which keeps {dtypes[0][0]} and computes in {dtypes[0][1]}, "
+                f"and a copy of {dtypes[1][0]} and {dtypes[1][1]}"
+            )
+
     def _name(self, layer: Any) -> str:
         return f"{self.paths.get(id(layer), layer.name)}, a `{type(layer).__name__}`"
+
+
+def custom_objects(model: Any) -> dict[str, type]:
+    """The classes of a model's layers that are not Keras's, by the names that files give them."""
+    classes: dict[str, type] = {}
+    for _, layer in walk(model):
+        cls = original_class(layer)
+        if cls.__module__.split(".")[0] == "keras":
+            continue
+        name = keras.saving.get_registered_name(cls)
+        if classes.setdefault(name, cls) is not cls:
+            raise ValueError(
+                "`model` must have classes that files can tell apart, by their names or those that "
+                "`keras.saving.register_keras_serializable` gives them. Received: "
+                f"`{_full_name(classes[name])}` and `{_full_name(cls)}`, both of them {name!r}"
+            )
+    return classes
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @functools.cache
@@ -135,8 +190,6 @@ def _make_from_config(layer: Any) -> Any:
 
 
 def _copy_state(old: Any, copy: Any) -> None:
-    if copy.trainable != old.trainable:
-        copy.trainable = old.trainable
     if is_foreign_attention(old):
         return  # its weights are those of its projections
     store: dict[str, Any] = {}
@@ -149,10 +202,15 @@ def _copy_state(old: Any, copy: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
             copy.load_assets(folder)
-    if not held_layers(old):
-        for weight, other in zip(old.weights, copy.weights, strict=True):
-            if other.trainable != weight.trainable:
-                other.trainable = weight.trainable
+    for weight, other in zip(_own_weights(old), _own_weights(copy), strict=True):
+        if other.trainable != weight.trainable:
+            other.trainable = weight.trainable
+
+
+def _own_weights(layer: Any) -> list[Any]:
+    """A layer's weights without those of the layers that it holds."""
+    below = {id(weight) for held in held_layers(layer).values() for weight in held.weights}
+    return [weight for weight in layer.weights if id(weight) not in below]
 
 
 def _num_weights(model: Any) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn.layers._config import check_positive
+from keras_ssattn.models.state import sync_state
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
@@ -66,8 +67,7 @@ def generate(
         isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
     ):
         raise ValueError(f"`seed` must be an integer, 0 or more, or None. Received: seed={seed!r}")
-    if hasattr(model, "jax_state_sync"):  # in a callback during `fit` on JAX
-        model.jax_state_sync()
+    sync_state(model)
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
     if model.padding_id is not None:  # what padding itself attends to is nothing
         rows = [_without_padding(row, model.padding_id) for row in rows]

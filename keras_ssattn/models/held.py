@@ -20,8 +20,26 @@ def held_layers(layer: Any) -> dict[tuple, Any]:
             for i, item in enumerate(value):
                 collect((*where, i), item)
 
-    collect((), vars(layer))
+    attributes = {**vars(layer)}
+    attributes.update(attributes.pop("_modules", {}))  # where PyTorch keeps most, but not all
+    collect((), attributes)
     return held
+
+
+def parents_first(layer: Any) -> list[Any]:
+    """A layer and all layers below it, each after all that hold it."""
+    seen: set[int] = set()
+    children_first: list[Any] = []
+
+    def visit(layer: Any) -> None:
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            for child in held_layers(layer).values():
+                visit(child)
+            children_first.append(layer)
+
+    visit(layer)
+    return children_first[::-1]
 
 
 def walk(layer: Any, path: str = "", seen: set | None = None) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_ssattn.layers import MultiHeadAttention, SSMax, normalizers
 from keras_ssattn.layers._config import serialize_options
@@ -58,8 +59,52 @@ def start_of_s(train_length: int, causal: bool, window: int | None) -> float:
     return 1.0 if mean == 0 else 1.0 / mean  # with a window of 1, s has no effect
 
 
-def _from_multi_head(layer: Any, retrofit: Retrofit) -> MultiHeadAttention:
-    return MultiHeadAttention.from_config(multi_head_options(layer, retrofit))
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class ConvertedAttention(MultiHeadAttention):
+    """What an attention layer of Keras becomes: it takes, as that does, masks of any dtype.
+
+    True is where a mask is not 0.
+    """
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        cache: Any = None,
+        cache_index: Any = 0,
+    ) -> Any:
+        return super().call(
+            query,
+            value,
+            key,
+            _to_bool(query_mask),
+            _to_bool(value_mask),
+            _to_bool(key_mask),
+            _to_bool(attention_mask),
+            return_attention_scores,
+            training,
+            use_causal_mask,
+            segment_ids,
+            cache,
+            cache_index,
+        )
+
+
+def _to_bool(mask: Any) -> Any:
+    return None if mask is None else ops.cast(mask, "bool")
+
+
+def _from_multi_head(layer: Any, retrofit: Retrofit) -> ConvertedAttention:
+    return ConvertedAttention.from_config(multi_head_options(layer, retrofit))
 
 
 def multi_head_options(layer: Any, retrofit: Retrofit) -> dict[str, Any]:
@@ -69,14 +114,14 @@ def multi_head_options(layer: Any, retrofit: Retrofit) -> dict[str, Any]:
     return {**_same_options(config, retrofit), **{name: config[name] for name in sizes}}
 
 
-def _from_grouped(layer: Any, retrofit: Retrofit) -> MultiHeadAttention:
+def _from_grouped(layer: Any, retrofit: Retrofit) -> ConvertedAttention:
     config = layer.get_config()
     sizes = {
         "num_heads": config["num_query_heads"],
         "num_kv_heads": config["num_key_value_heads"],
         "key_dim": config["head_dim"],
     }
-    return MultiHeadAttention.from_config({**_same_options(config, retrofit), **sizes})
+    return ConvertedAttention.from_config({**_same_options(config, retrofit), **sizes})
 
 
 def _same_options(config: dict[str, Any], retrofit: Retrofit) -> dict[str, Any]:

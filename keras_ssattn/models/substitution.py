@@ -40,8 +40,6 @@ def refusal(layer: Any, wanted: retrofit.Retrofit) -> str | None:
     for projection in held_layers(layer).values():
         if getattr(projection, "quantization_mode", None) is not None:
             return f"quantized to {projection.quantization_mode}"
-        if getattr(projection, "lora_enabled", False):
-            return "LoRA is enabled"
     is_keras = isinstance(layer, tuple(retrofit.SUBSTITUTES))
     reason = retrofit.refusal_of_options(layer) if is_keras else None
     reason = reason or convert_hub.refusal_of_options(layer)

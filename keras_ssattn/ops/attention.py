@@ -161,7 +161,7 @@ class Attention(keras.Operation):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self.options = {
+        self.options: dict[str, Any] = {
             "normalizer": normalizer,
             "scale": scale,
             "causal": causal,

@@ -10,8 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from test_api import _run_examples
 
-from keras_ssattn.analysis import AttentionMap, plot_attention, plot_scale, plots
+from keras_ssattn.analysis import AttentionMap, Recording, plot_attention, plot_scale, plots
 
+BAD_SHAPE = AttentionMap(np.ones((1, 1, 3, 3)), np.ones((2, 2), bool))
+BAD_DTYPE = AttentionMap(np.ones((1, 1, 3, 3)), np.ones((3, 3)))
 CAUSAL = np.tril(np.ones((6, 6), bool))
 
 
@@ -164,7 +166,14 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         (plot_attention, [{}], "`attention` must have one layer or more. Received: none"),
         (plot_attention, [np.ones((2, 3, 3))], r"\[B, H, T, S\]. Received: shape \(2, 3, 3\)"),
         (plot_attention, [np.ones((2, 1, 3, 3)), 2], "from 0 to 1. Received: sequence=2"),
+        (plot_attention, [np.ones((2, 1, 3, 3)), 0.5], "`sequence` must be .* sequence=0.5"),
+        (plot_attention, [np.ones((2, 1, 3, 3)), True], "`sequence` must be .* sequence=True"),
+        (plot_attention, [Recording({}, {})], "`attention` must be the `attention` of a"),
+        (plot_attention, ["x"], "`attention` must be arrays of numbers. Received: 'x'"),
+        (plot_attention, [BAD_SHAPE], r"broadcastable to its weights, \(1, 1, 3, 3\).*\(2, 2\)"),
+        (plot_attention, [BAD_DTYPE], "`attention` must have a boolean mask .* dtype float64"),
         (plot_scale, [{}], "`scales` must have one layer or more"),
+        (plot_scale, [{"x": "one"}], "`scales` must be arrays of numbers. Received: 'one'"),
         (plot_scale, [{"x": np.ones((2, 2))}], r"\[H\] or \[\]. Received: shape \(2, 2\)"),
     ],
 )
