@@ -134,7 +134,7 @@ def report_language_model(folder: pathlib.Path, name: str) -> str:
         axis.set(xscale="log", xlabel="position", title=f"theta x {theta}")
         axis.axvline(length, color="gray", linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("loss, nats per byte")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, folder / f"{name}.png")
     header = ["", "learning rate", "validation"]
     header += [f"{x} x length" for x in parts]
