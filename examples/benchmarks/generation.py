@@ -108,6 +108,11 @@ def time_per_token(args: argparse.Namespace, normalizer: str, length: int) -> fl
     return float(np.median(np.diff(seconds))) / (args.new - args.new // 2)
 
 
+def cpu_count() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, and returns the tables as a dictionary."""
     sizes = ("layers", "heads", "hidden_size", "prompt", "new", "repeats")
@@ -116,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "keras": keras.version(),
         "keras_hub": keras_hub.__version__,
         "keras_ssattn": keras_ssattn.__version__,
-        "cpu_count": os.cpu_count(),
+        "cpu_count": cpu_count(),
         **{x: getattr(args, x) for x in sizes},
         "rows": [row for batch in args.batches for row in compare(args, batch)],
         "seconds_per_token": {

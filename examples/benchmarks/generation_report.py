@@ -23,7 +23,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Tokens per second and their ratio to KerasHub's, and the time of a token, as Markdown."""
     batches = sorted({row["batch"] for result in results.values() for row in result["rows"]})
     columns = [(backend, batch) for backend in results for batch in batches]
-    lines = ["| tokens per second | " + " | ".join(f"{b}, batch {n}" for b, n in columns) + " |"]
+    header = [f"{BACKENDS[b]}, batch {n}" for b, n in columns]
+    lines = ["| tokens per second | " + " | ".join(header) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name in (*MODELS, "keras_hub"):
         cells = []
@@ -34,7 +35,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             ratio = "" if name == "keras_hub" else f" (x {row['ratio']:.2f})"
             cells.append(f"{row['tokens_per_second']:.0f}{ratio}")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    lines += ["", "| ms per token after | " + " | ".join(results) + " |"]
+    names = [f"{BACKENDS[b]}, {x['cpu_count']} cores" for b, x in results.items()]
+    lines += ["", "| ms per token after so many tokens | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for name in MODELS:
         cells = []

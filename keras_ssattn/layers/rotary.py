@@ -148,15 +148,17 @@ def _positions(offset: Any, x: Any) -> Any:
 def rotate(rotary: Any, offset: Any, *inputs: Any) -> Any:
     """Each of the inputs, `[B, T, heads, D]`, turned; as they are where there is no rotary layer.
 
-    Those of one length are turned in one call, which on PyTorch costs as much as for one of them.
+    Those of one length are turned in one call, which on PyTorch costs as much as for one of them,
+    and without what Keras does around the call of a layer: this one has no weights.
     """
     if rotary is None:
         return inputs
+    turn = rotary.call
     lengths = {x.shape[1] for x in inputs}
     if len(inputs) == 1 or len(lengths) > 1 or None in lengths:
-        return tuple(rotary(x, offset=offset) for x in inputs)
+        return tuple(turn(x, offset=offset) for x in inputs)
     ends = np.cumsum([x.shape[2] for x in inputs])[:-1].tolist()
-    return tuple(ops.split(rotary(ops.concatenate(inputs, axis=2), offset=offset), ends, axis=2))
+    return tuple(ops.split(turn(ops.concatenate(inputs, axis=2), offset=offset), ends, axis=2))
 
 
 def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | None:

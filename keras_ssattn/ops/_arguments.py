@@ -17,9 +17,14 @@ def dtype_of(x: Any) -> str:
     return keras.utils.standardize_dtype(x.dtype)
 
 
+def cast(x: Any, dtype: str) -> Any:
+    """`ops.cast`, at no cost where there is nothing to do: eager decoding is made of such calls."""
+    return x if dtype_of(x) == dtype else ops.cast(x, dtype)
+
+
 def widen(x: Any) -> Any:
     """Casts to float32, the precision of all arithmetic here; float64 stays."""
-    return x if dtype_of(x) == "float64" else ops.cast(x, "float32")
+    return x if dtype_of(x) == "float64" else cast(x, "float32")
 
 
 def check_count(n: Any) -> Any:

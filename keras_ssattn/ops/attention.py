@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_ssattn.ops import dense, fused, tiled
 from keras_ssattn.ops._arguments import (
+    cast,
     check_broadcastable,
     check_floating,
     check_rank,
@@ -99,19 +100,22 @@ def attention(
 
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
-    tensors = {
-        "mask": mask,
-        "key_mask": key_mask,
-        "query_offset": query_offset,
-        "segment_ids": segment_ids,
-        "length_scale": length_scale,
-    }
-    inputs = keras.tree.flatten((query, key, value, tensors))
-    if any(keras.utils.is_keras_tensor(x) for x in inputs):
+    segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
+    inputs = query, key, value, mask, key_mask, query_offset, length_scale, *segments
+    if any(isinstance(x, keras.KerasTensor) for x in inputs):
         options = normalizer, scale, causal, window, epsilon, implementation
-        if segment_ids is not None and not isinstance(segment_ids, tuple):
-            tensors["segment_ids"] = segment_ids, segment_ids
-        return Attention(*options)(query, key, value, **tensors)
+        if segment_ids is not None and len(segments) == 1:
+            segment_ids = segment_ids, segment_ids
+        return Attention(*options)(
+            query,
+            key,
+            value,
+            mask=mask,
+            key_mask=key_mask,
+            query_offset=query_offset,
+            segment_ids=segment_ids,
+            length_scale=length_scale,
+        )
     query, key, value = _check_tensors(query, key, value)
     visibility = _visibility(query, key, mask, key_mask, causal, window, query_offset, segment_ids)
     if normalizer == "rectified_softpick":
@@ -274,7 +278,7 @@ def _query_factor(
             length_scale = log_length_scale(ops.cast(count, dtype_of(widen(query))))
     if length_scale is None:
         return normalizer, scale
-    length_scale = ops.cast(to_tensor(length_scale), dtype_of(widen(query)))
+    length_scale = cast(to_tensor(length_scale), dtype_of(widen(query)))
     batch, length, num_heads, _ = query.shape
     check_broadcastable(
         "length_scale", tuple(length_scale.shape), (batch, num_heads, length), "[B, H, T]"

@@ -2,9 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from keras_ssattn.ops._arguments import (
+    cast,
     check_broadcastable,
     check_mask,
     check_rank,
@@ -106,7 +108,7 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
     index = to_tensor(index)
     if "int" not in dtype_of(index):
         raise TypeError(f"`index` must be an integer. Received: dtype {dtype_of(index)}")
-    index = ops.cast(index, "int32")
+    index = cast(index, "int32")
     check_rank("index", index, (0, 1))
     if None not in (length, size) and length > size:
         raise ValueError(
@@ -118,16 +120,16 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
         target = (old.shape[0], new.shape[1], *old.shape[2:])
         check_broadcastable(name, tuple(new.shape), target, "the cache's shape at T positions")
     mask = ops.broadcast_to(mask, ops.shape(key)[:2])  # a row of it may serve all
-    new = Cache(ops.cast(key, dtype_of(cache.key)), ops.cast(value, dtype_of(cache.value)), mask)
+    new = Cache(cast(key, dtype_of(cache.key)), cast(value, dtype_of(cache.value)), mask)
     write = _write_at if len(index.shape) == 0 else _write_by_row
     return Cache(*(write(x, index, y) for x, y in zip(cache, new, strict=True)))
 
 
 def _write_at(old: Any, index: Any, new: Any) -> Any:
     start = (0, index, *(0 for _ in old.shape[2:]))
-    if dtype_of(old) != "bool":
+    if dtype_of(old) != "bool" or keras.backend.backend() != "tensorflow":
         return ops.slice_update(old, start, new)
-    # not every backend updates slices of booleans
+    # TensorFlow does not update slices of booleans
     return ops.cast(ops.slice_update(ops.cast(old, "int32"), start, ops.cast(new, "int32")), "bool")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn.ops._arguments import dtype_of, widen
+from keras_ssattn.ops._arguments import cast, dtype_of, widen
 from keras_ssattn.ops.visibility import visible_keys
 
 TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
@@ -52,7 +52,7 @@ def attention(
     if isinstance(factor, (int, float)):
         scale = factor
     else:
-        query, scale = ops.cast(widen(query) * factor, dtype_of(query)), 1.0
+        query, scale = cast(widen(query) * factor, dtype_of(query)), 1.0
     query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
     if not needs_mask(visibility):
         out = ops.dot_product_attention(
@@ -63,13 +63,13 @@ def attention(
             is_causal=visibility["causal"],
             flash_attention=flash_only() or None,  # it raises if the kernel cannot serve them
         )
-        return ops.cast(out, dtype)
+        return cast(out, dtype)
     visible = visible_keys(query_length, key_length, **visibility)
     # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
     # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
     some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
     closed = ops.where(some, -float("inf"), 0.0)
-    bias = ops.cast(ops.where(visible, 0.0, closed), dtype_of(query))
+    bias = cast(ops.where(visible, 0.0, closed), dtype_of(query))
     out = ops.dot_product_attention(query, key, value, bias=bias, scale=scale)
-    out = ops.where(ops.transpose(some, (0, 2, 1, 3)), out, ops.zeros_like(out))
-    return ops.cast(out, dtype)
+    out = ops.where(ops.transpose(some, (0, 2, 1, 3)), out, 0.0)
+    return cast(out, dtype)

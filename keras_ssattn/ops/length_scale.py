@@ -43,9 +43,9 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
         log_n = math.log(n)
     else:
         n = widen(n)
-        log_n = ops.log(ops.where(n > 1, n, ops.ones_like(n)))
+        log_n = ops.log(ops.where(n > 1, n, 1.0))
     # no `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries
-    return s * log_n + b
+    return s * log_n if isinstance(b, float) and b == 0 else s * log_n + b
 
 
 def _parameter(name: str, value: Any) -> Any:

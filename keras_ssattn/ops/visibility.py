@@ -15,7 +15,7 @@ from typing import Any
 from keras import ops
 
 from keras_ssattn.ops import tiles
-from keras_ssattn.ops._arguments import check_broadcastable, check_mask, dtype_of, to_tensor
+from keras_ssattn.ops._arguments import cast, check_broadcastable, check_mask, dtype_of, to_tensor
 
 ROWS = 64  # counted at a time where there are segments
 
@@ -134,8 +134,8 @@ def key_count(
         visible = visible_keys(
             query_length, key_length, mask, key_mask, causal, window, query_offset, segments
         )
-        # A size-1 last axis stands for S equal entries.
-        visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
+        if visible.shape[-1] != key_length:  # a last axis of one stands for S equal entries
+            visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
         return _sum(visible)
     # The visible keys are the stretch [first, end), less its padding.
     first, end = None, None
@@ -189,7 +189,7 @@ def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> An
 
 def _sum(seen: Any, keepdims: bool = False) -> Any:
     """The number of True, int32 whatever a backend makes of such sums."""
-    return ops.cast(ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=keepdims), "int32")
+    return cast(ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=keepdims), "int32")
 
 
 def _stack_rows(x: Any) -> Any:
@@ -207,7 +207,7 @@ def _count_before(running: Any, end: Any) -> Any:
 
 def _positions(query_length: Any, query_offset: Any) -> Any:
     """Positions of the queries, int32 `[B|1, T]`."""
-    offset = ops.cast(to_tensor(query_offset), "int32")
+    offset = cast(to_tensor(query_offset), "int32")
     return ops.reshape(offset, (-1, 1)) + ops.arange(query_length, dtype="int32")
 
 

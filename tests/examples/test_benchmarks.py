@@ -131,16 +131,29 @@ def test_softpick_state_is_the_same_attention(tmp_path):
         assert row["bytes_ratio"] == pytest.approx((row["length"] + size) / (2 * row["length"]))
 
 
-def test_the_table_of_the_readme_is_that_of_the_results(tmp_path):
+def assert_in_readme(printed, tables):
+    found = printed.strip().split("\n\n")
+    assert len(found) == tables
+    for table in found:
+        assert table in (BENCHMARKS.parents[1] / "README.md").read_text()
+
+
+def test_the_tables_of_attention_are_those_of_the_results(tmp_path):
     for path in (BENCHMARKS / "results").glob("attention-*.json"):
         shutil.copy(path, tmp_path)
     script = BENCHMARKS / "attention_report.py"
     command = [sys.executable, str(script), "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 6
-    assert done.stdout in (BENCHMARKS.parents[1] / "README.md").read_text()
+    assert_in_readme(done.stdout, tables=2)
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_generation_are_those_of_the_results():
+    script = BENCHMARKS / "generation_report.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_in_readme(done.stdout, tables=2)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
