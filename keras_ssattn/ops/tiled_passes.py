@@ -4,8 +4,7 @@ The logits are computed a tile at a time, in the forward pass and again in the b
 `kernels.py` has the formulas. In both, one loop over the tiles of queries has another over the
 tiles of keys that they see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R
 rows, with every scale multiplied in; keys `[m, B, K, C, D]`, m tiles of C keys; values
-`[m, B, K, C, Dv]`. XLA would transpose a tile at each use: what is needed transposed is so at
-once. Arithmetic is float32 or wider. Sums are augmented assignments, which PyTorch
+`[m, B, K, C, Dv]`. Arithmetic is float32 or wider. Sums are augmented assignments, which PyTorch
 does in place.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
@@ -24,8 +23,7 @@ from keras_ssattn.ops.band import Band
 
 def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[Any, ...]:
     """The output, m and Z, as stacks of tiles."""
-    stacks = query, _transpose(key), value
-    queries, keys_transposed, values = (tiles.unstack(x) for x in stacks)
+    queries, keys, values = (tiles.unstack(x) for x in (query, key, value))
     dtype = dtype_of(widen(query))
     shape = tuple(ops.shape(query))
     out_shape, row_shape = (*shape[1:-1], value.shape[-1]), (*shape[1:-1], 1)
@@ -38,7 +36,7 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
         def tile_of_keys(cut: bool) -> Any:
             def add(j: Any, carry: Any) -> Any:
                 m, total, out = carry
-                x = _logits(q, keys_transposed[j], kernel, band, i, j, cut)
+                x = _logits(q, keys[j], kernel, band, i, j, cut)
                 if not kernel.linear:
                     peak = kernel.peak(x)
                     higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
@@ -55,7 +53,7 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
 
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             total, state = carry
-            x = _logits(q, keys_transposed[j], kernel, band, i, j, cut=False)
+            x = _logits(q, keys[j], kernel, band, i, j, cut=False)
             total += _row_sum(abs(x))
             state += products[j]
             return total, state
@@ -83,10 +81,9 @@ def forward(query: Any, key: Any, value: Any, kernel: Any, band: Band) -> tuple[
 def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> tuple[Any, ...]:
     """The gradients of query, key and value, from these and what `forward` returned."""
     query, key, value, out, largest, totals = kept
-    queries, keys, outs, maxima, sums, upstreams = (
-        tiles.unstack(x) for x in (query, key, out, largest, totals, upstream)
+    queries, keys, values, outs, maxima, sums, upstreams = (
+        tiles.unstack(x) for x in (query, key, value, out, largest, totals, upstream)
     )
-    keys_transposed, values_transposed = (tiles.unstack(_transpose(x)) for x in (key, value))
     dtype = dtype_of(out)
     shape, key_shape = tuple(ops.shape(query)), tuple(ops.shape(key))
     state_shape = (*shape[1:3], shape[-1], value.shape[-1])
@@ -102,8 +99,8 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
         def tile_of_keys(cut: bool) -> Any:
             def add(j: Any, carry: Any) -> Any:
                 dq, dks, dvs = carry
-                x = _logits(q, keys_transposed[j], kernel, band, i, j, cut)
-                weighted = dn @ widen(values_transposed[j])
+                x = _logits(q, keys[j], kernel, band, i, j, cut)
+                weighted = dn @ _transpose(widen(values[j]))
                 f, dx = kernel.gradient(x, m, weighted, delta)
                 if cut and kernel.linear:
                     dx = dx * ops.cast(band.visible(i, j), dtype)
@@ -119,7 +116,7 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
         def whole_linear_tile(j: Any, carry: Any) -> Any:
             # dx = dn . v - sign(x) delta, and only its second half needs x
             signed, state, dks, states = carry
-            sign = ops.sign(_logits(q, keys_transposed[j], kernel, band, i, j, cut=False))
+            sign = ops.sign(_logits(q, keys[j], kernel, band, i, j, cut=False))
             dks = tiles.add(dks, j, scaled @ sign)
             states = tiles.add(states, j, outer)
             signed += sign @ widen(keys[j])
@@ -158,8 +155,8 @@ def backward(kept: tuple[Any, ...], upstream: Any, kernel: Any, band: Band) -> t
 
 
 def _logits(q: Any, k: Any, kernel: Any, band: Band, i: Any, j: Any, cut: bool) -> Any:
-    """A tile of logits, of transposed keys; those that are not seen are what the kernel ignores."""
-    x = q @ widen(k)
+    """A tile of logits; those of keys that are not seen are what the kernel ignores."""
+    x = q @ _transpose(widen(k))
     if band.key_mask is not None:
         x = ops.where(band.key_mask[j], x, kernel.absent)
     if cut:
