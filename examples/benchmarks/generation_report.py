@@ -35,7 +35,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             ratio = "" if name == "keras_hub" else f" (x {row['ratio']:.2f})"
             cells.append(f"{row['tokens_per_second']:.0f}{ratio}")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    names = [f"{BACKENDS[b]}, {x['cpu_count']} cores" for b, x in results.items()]
+    cores = {1: "one core", 2: "two cores"}
+    names = [
+        f"{BACKENDS[b]}, {cores.get(x['cpu_count'], x['cpu_count'])}" for b, x in results.items()
+    ]
     lines += ["", "| ms per token after so many tokens | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for name in MODELS:

@@ -141,6 +141,11 @@ class LogLengthScale(LengthScale):
             autocast=False,
         )
 
+    def __call__(self, n: Any) -> Any:
+        if self.built and ops.is_tensor(n):
+            return self.call(n)  # s and b are never cast: Keras has nothing to do around it
+        return super().__call__(n)
+
     def call(self, n: Any) -> Any:
         s = ops.convert_to_tensor(self.s)
         b = ops.convert_to_tensor(self.b) if self.use_bias else 0.0
