@@ -192,6 +192,18 @@ def test_query_aware_values(shape, heads, rng):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_query_aware_values_of_many_rows_without_heads(rng):
+    """A product that TensorFlow gets wrong, and that may end the process: see the layer."""
+    n = rng.integers(1, 3000, (16, 1, 32)).astype("int32")
+    query = rng.normal(size=(16, 32, 2, 8)).astype("float32")
+    layer = layers.QueryAwareScale()
+    layer.build(n.shape, query.shape)
+    randomized(layer, rng)
+    expected = query_aware(layer, np.broadcast_to(n, (16, 2, 32)), query)
+    for _ in range(5):
+        np.testing.assert_allclose(to_numpy(layer(n, query)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_query_aware_starts_as_softmax(rng):
     n = np.arange(1, 6, dtype="int32")
     query = rng.normal(size=(2, 5, 3, 4)).astype("float32")

@@ -63,7 +63,8 @@ def carry_over(source: CausalLM, target: CausalLM) -> None:
         values = {x.path: x for x in part(source).variables}
         for variable in part(target).variables:
             if variable.path in values:
-                variable.assign(values[variable.path])
+                # a copy: on JAX training and prediction consume the arrays that they are given
+                variable.assign(keras.ops.convert_to_numpy(values[variable.path]))
 
 
 def train(

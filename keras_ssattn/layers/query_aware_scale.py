@@ -119,4 +119,7 @@ def _gelu(x: Any) -> Any:
 
 def _layer(x: Any, kernel: Any, bias: Any) -> Any:
     kernel, bias = (widen(ops.convert_to_tensor(w)) for w in (kernel, bias))
+    if kernel.shape[0] == 1 and len(kernel.shape) == 3:
+        # TensorFlow 2.21 writes outside of its memory in [B, 1, T, K] @ [1, K, N] on processors
+        kernel = kernel[0]
     return ops.matmul(x, kernel) + bias

@@ -6,7 +6,14 @@ from typing import Any
 
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_count, check_floating, to_tensor, widen
+from keras_ssattn.ops._arguments import (
+    cast,
+    check_count,
+    check_floating,
+    dtype_of,
+    to_tensor,
+    widen,
+)
 
 
 def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
@@ -44,6 +51,9 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     else:
         n = widen(n)
         log_n = ops.log(ops.where(n > 1, n, 1.0))
+    dtypes = {dtype_of(x) for x in (s, log_n, b) if not isinstance(x, float)}
+    if len(dtypes) > 1:
+        s, log_n, b = (x if isinstance(x, float) else cast(x, "float64") for x in (s, log_n, b))
     # no `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries
     return s * log_n if isinstance(b, float) and b == 0 else s * log_n + b
 
