@@ -29,13 +29,16 @@ LAYERS_OF_BLOCK = {  # of the reference: of our block
 }
 
 
-@pytest.fixture(scope="module")
-def train_step():
-    path = BENCHMARKS / "train_step.py"
-    spec = importlib.util.spec_from_file_location("train_step_benchmark", path)
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return load("train_step")
 
 
 def run_small(script, output, *options):
@@ -111,6 +114,38 @@ def test_attention_reports_every_implementation(tmp_path, backend):
         short, long = (rows[name, length, passes[1]]["seconds"] for length in (400, 800))
         assert exponent == pytest.approx(math.log2(long / short))
     assert set(result["growth_exponent"]) == expected
+
+
+def test_attention_on_a_gpu_is_measured_in_bfloat16_too(tmp_path, backend, monkeypatch):
+    """Where there is none, the kernel that needs one is replaced."""
+    attention = load("attention")
+    monkeypatch.setattr(attention, "on_gpu", lambda: True)
+    options = ["--small", "--output", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["attention.py", *options])
+    asked = []
+    if backend == "jax":
+        import jax
+
+        kept = jax.nn.dot_product_attention
+
+        def replaced(query, *args, implementation=None, **kwargs):
+            asked.append((implementation, str(query.dtype)))
+            return kept(query, *args, **kwargs)
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", replaced)
+    attention.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["gpu"]
+    names = {}
+    for row in result["rows"]:
+        names.setdefault(row["dtype"], set()).add(row["name"])
+    assert attention.REFERENCE in names["float32"] <= names["bfloat16"]
+    assert names["bfloat16"] - names["float32"] == (
+        {attention.JAX_REFERENCE} if backend == "jax" else set()
+    )
+    assert {x for x in asked if x[0] == "cudnn"} == (
+        {("cudnn", "bfloat16")} if backend == "jax" else set()
+    )
 
 
 def test_attention_reports_memory_of_a_longer_input(tmp_path):
