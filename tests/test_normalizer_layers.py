@@ -26,6 +26,33 @@ def test_values_equal_oracle(name, masked, rng):
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+SCALES = {
+    "log": layers.LogLengthScale,
+    "qwen": lambda: layers.QwenLogScale(3),
+    "position": lambda: layers.PositionTemperature(original_length=2),
+    "query": layers.QueryAwareScale,
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_length_scale_of_float32_in_a_layer_of_float64(scale, rng):
+    x = rng.normal(size=(2, 7, 8))
+    normalizer = layers.Softmax(length_scale=SCALES[scale](), dtype="float64")
+    if scale != "query":
+        wide = to_numpy(normalizer(x))
+        narrow = to_numpy(layers.Softmax(length_scale=SCALES[scale]())(x.astype("float32")))
+        np.testing.assert_allclose(wide, narrow, atol=1e-6)
+    attention = layers.MultiHeadAttention(2, 4, normalizer=normalizer, dtype="float64")
+    wide = to_numpy(attention(x, x, use_causal_mask=True))
+    narrow = layers.MultiHeadAttention(
+        2, 4, normalizer=layers.Softmax(length_scale=SCALES[scale]())
+    )
+    narrow.build(x.shape, x.shape)
+    narrow.set_weights([to_numpy(w) for w in attention.weights])
+    x = x.astype("float32")
+    np.testing.assert_allclose(wide, to_numpy(narrow(x, x, use_causal_mask=True)), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_axis(name, rng):
     logits = rng.normal(size=(3, 5)).astype("float32")

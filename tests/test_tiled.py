@@ -248,8 +248,9 @@ def test_float64_of_any_input(normalizer, backend, rng):
     for mixed in ([exact[0], k, v], [q, exact[1], v], [q, k, exact[2]]):
         actual = ops.attention(*mixed, normalizer, implementation="tiled", **case)
         assert relative_error(to_numpy(actual), expected) < 2e-6
-    actual = ops.attention(*exact, normalizer, implementation="tiled", **case)
-    assert relative_error(to_numpy(actual), expected) < 1e-12
+    for implementation in ("tiled", "dense", "auto"):
+        actual = ops.attention(*exact, normalizer, implementation=implementation, **case)
+        assert relative_error(to_numpy(actual), expected) < 1e-12
 
 
 def test_symbolic(rng):

@@ -70,11 +70,13 @@ def report_retrieval(folder: pathlib.Path, name: str) -> str:
     if not arms:
         return ""
     lengths = list(next(iter(arms.values()))[0]["by_length"])
-    figure, axes = plt.subplots(
-        1, 1 + len(arms), figsize=(4 + 2.2 * len(arms), 3.2), width_ratios=[1.8] + [1] * len(arms)
-    )
+    columns = -(-len(arms) // 2)  # two rows of maps beside the curves
+    figure = plt.figure(figsize=(4.4 + 2.2 * columns, 5.6))
+    grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.4] + [1] * columns)
+    curves = figure.add_subplot(grid[:, 0])
     rows = []
-    for (arm, runs), axis in zip(arms.items(), axes[1:], strict=True):
+    for i, (arm, runs) in enumerate(arms.items()):
+        axis = figure.add_subplot(grid[i // columns, 1 + i % columns])
         accuracy = [[run["by_length"][x]["accuracy"] for x in lengths] for run in runs]
         weights = [
             [np.max(run["by_length"][x]["weight_on_needle"]) for x in lengths] for run in runs
@@ -85,20 +87,18 @@ def report_retrieval(folder: pathlib.Path, name: str) -> str:
             + [spread([row[i] for row in accuracy]) for i in range(len(lengths))]
             + [f"{np.mean(weights, 0)[i]:.2f}" for i in (0, -2)]
         )
-        [line] = axes[0].plot(
-            [int(x) for x in lengths], np.mean(accuracy, 0), marker=".", label=arm
-        )
+        [line] = curves.plot([int(x) for x in lengths], np.mean(accuracy, 0), marker=".", label=arm)
         edges = np.min(accuracy, 0), np.max(accuracy, 0)
-        axes[0].fill_between([int(x) for x in lengths], *edges, alpha=0.15, color=line.get_color())
+        curves.fill_between([int(x) for x in lengths], *edges, alpha=0.15, color=line.get_color())
         image = axis.imshow(np.mean(depths, 0), vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axis.set(title=arm, xlabel="depth", xticks=[0, 7], xticklabels=["first", "last"])
         axis.set(yticks=range(len(lengths)), yticklabels=lengths)
         axis.title.set_fontsize(8)
-    axes[0].set(xscale="log", xlabel="items in the context", ylabel="accuracy", ylim=(0, 1.03))
-    axes[0].set_xticks([int(x) for x in lengths], lengths)
-    axes[0].minorticks_off()
-    axes[0].legend(fontsize=7, loc="lower left")
-    figure.colorbar(image, ax=axes[-1], label="accuracy")
+        figure.colorbar(image, ax=axis)
+    curves.set(xscale="log", xlabel="items in the context", ylabel="accuracy", ylim=(0, 1.03))
+    curves.set_xticks([int(x) for x in lengths], lengths)
+    curves.minorticks_off()
+    curves.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     save(figure, folder / f"{name}.png")
     header = ["", "learning rate", *(f"{x} items" for x in lengths)]
     header += [f"weight on the item, {lengths[i]}" for i in (0, -2)]

@@ -8,7 +8,7 @@ from keras import ops
 from keras_ssattn.layers._config import check_positive
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import log_length_scale
-from keras_ssattn.ops._arguments import widen
+from keras_ssattn.ops._arguments import cast, dtype_of
 
 NO_QUERY = (
     "the length scale `QueryAwareScale` needs the query, which a normalizer by itself has not. "
@@ -93,12 +93,13 @@ class QueryAwareScale(LengthScale):
     def call(self, n: Any, query: Any = None) -> Any:
         if query is None:
             raise ValueError(NO_QUERY)
-        log_n = log_length_scale(n)
+        dtype = self._result_dtype(query)
+        log_n = log_length_scale(ops.cast(n, dtype))
         while len(log_n.shape) < 3:
             log_n = ops.expand_dims(log_n, 0)
         hidden = _layer(ops.expand_dims(log_n, -1), self.count_kernel, self.count_bias)
         factor = _layer(_gelu(hidden), self.factor_kernel, self.factor_bias)  # [B|1, H|1, T|1, D]
-        hidden = _layer(widen(query), self.query_kernel, self.query_bias)
+        hidden = _layer(ops.cast(query, dtype), self.query_kernel, self.query_bias)
         gate = ops.tanh(_layer(_gelu(hidden), self.gate_kernel, self.gate_bias))  # [B, T, H, D]
         return ops.transpose(factor, (0, 2, 1, 3)) * (1.0 + gate)
 
@@ -106,8 +107,11 @@ class QueryAwareScale(LengthScale):
         return tuple(query_shape)
 
     def compute_output_spec(self, n: Any, query: Any = None) -> Any:
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        return keras.KerasTensor(self.compute_output_shape(n.shape, query.shape), dtype=dtype)
+        shape = self.compute_output_shape(n.shape, query.shape)
+        return keras.KerasTensor(shape, dtype=self._result_dtype(query))
+
+    def _result_dtype(self, query: Any) -> str:
+        return "float64" if "float64" in (self.compute_dtype, dtype_of(query)) else "float32"
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "hidden_size": self.hidden_size}
@@ -118,8 +122,9 @@ def _gelu(x: Any) -> Any:
 
 
 def _layer(x: Any, kernel: Any, bias: Any) -> Any:
-    kernel, bias = (widen(ops.convert_to_tensor(w)) for w in (kernel, bias))
-    if kernel.shape[0] == 1 and len(kernel.shape) == 3:
-        # TensorFlow 2.21 writes outside of its memory in [B, 1, T, K] @ [1, K, N] on processors
-        kernel = kernel[0]
-    return ops.matmul(x, kernel) + bias
+    kernel, bias = (cast(ops.convert_to_tensor(w), dtype_of(x)) for w in (kernel, bias))
+    if len(kernel.shape) == 3 and kernel.shape[0] > 1:
+        return ops.matmul(x, kernel) + bias
+    # On processors, TensorFlow 2.21 writes outside of its memory in [B, 1, T, K] @ [K, N]; this
+    # product is of two matrices.
+    return ops.tensordot(x, ops.reshape(kernel, kernel.shape[-2:]), axes=1) + bias

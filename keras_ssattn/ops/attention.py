@@ -74,7 +74,8 @@ def attention(
             derivative on JAX only, without these two. `"fused"` calls
             `keras.ops.dot_product_attention`, for softmax and ssmax, where that is a fused kernel:
             on PyTorch, and without masks beyond causality on JAX with a GPU, in half precision,
-            where cuDNN has one; elsewhere, and with masks on Keras before 3.14, it raises.
+            where cuDNN has one; elsewhere, in float64, and with masks on Keras before 3.14, it
+            raises.
             `"auto"` takes `"fused"` on PyTorch, if it needs no mask beyond causality, or one of at
             most 2^22 entries; else `"tiled"` where `T * S` passes 2^19 (724 x 724), or is unknown
             until a TensorFlow graph runs (a short input is then one tile); else `"dense"`. A
@@ -126,12 +127,14 @@ def attention(
             f"`implementation` must be one of {('auto', *COMPUTE)}. Received: "
             f"implementation={implementation!r}"
         )
-    if implementation == "fused" and not fused.is_available(kernel, visibility):
+    dtypes = {dtype_of(x) for x in (query, key, value)}
+    can_fuse = fused.is_available(kernel, dtypes, visibility)
+    if implementation == "fused" and not can_fuse:
         raise ValueError(
-            'implementation="fused" serves softmax and ssmax: on the torch backend, with masks '
-            "from Keras 3.14 on, and on JAX with a GPU, without masks beyond causality. Received: "
-            f"normalizer={normalizer!r} on the {keras.backend.backend()} backend, Keras "
-            f"{keras.version()}"
+            'implementation="fused" serves softmax and ssmax in float32 and less: on the torch '
+            "backend, with masks from Keras 3.14 on, and on JAX with a GPU, without masks beyond "
+            f"causality. Received: normalizer={normalizer!r}, dtypes {sorted(dtypes)} on the "
+            f"{keras.backend.backend()} backend, Keras {keras.version()}"
         )
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
     if query.shape[0] == 0:  # nothing to compute, and PyTorch has no maximum of nothing
@@ -139,7 +142,7 @@ def attention(
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
     size = ops.shape(query)[1] * ops.shape(key)[1]
-    may_fuse = keras.backend.backend() == "torch" and fused.is_available(kernel, visibility)
+    may_fuse = can_fuse and keras.backend.backend() == "torch"
     if may_fuse and (not fused.needs_mask(visibility) or size <= MASKED_UP_TO):
         return fused.attention(*arguments)
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.

@@ -5,7 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_ssattn.ops import normalizers
-from keras_ssattn.ops._arguments import dtype_of, widen
+from keras_ssattn.ops._arguments import dtype_of
 from keras_ssattn.ops.visibility import visible_keys
 
 KERNELS = {
@@ -27,7 +27,8 @@ def weights(
 
     The products are widened first: half logits would keep three digits, or overflow.
     """
-    query, key = widen(query), widen(key)
+    dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
+    query, key = ops.cast(query, dtype), ops.cast(key, dtype)
     query_length, key_length = ops.shape(query)[1], ops.shape(key)[1]
     query = ops.transpose(query * scale, (0, 2, 1, 3))  # [B, H, T, D]
     key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
@@ -56,9 +57,14 @@ def _matmul_by_group(x: Any, y: Any) -> Any:
     """`[B, H, T, M] @ [B, K, M, N]` where H / K heads of x share one of y, not repeated."""
     num_heads, num_kv_heads = x.shape[1], y.shape[1]
     if num_heads == num_kv_heads:
-        return ops.matmul(x, y)
+        return _matmul(x, y)
     batch, _, length, inner = ops.shape(x)
     rows = num_heads // num_kv_heads * length
     x = ops.reshape(x, (batch, num_kv_heads, rows, inner))  # [B, K, H/K * T, M]
-    out = ops.matmul(x, y)  # [B, K, H/K * T, N]
+    out = _matmul(x, y)  # [B, K, H/K * T, N]
     return ops.reshape(out, (batch, num_heads, length, ops.shape(y)[3]))
+
+
+def _matmul(x: Any, y: Any) -> Any:
+    """`ops.matmul`, which on PyTorch computes float64 in float32."""
+    return x @ y if dtype_of(x) == "float64" else ops.matmul(x, y)

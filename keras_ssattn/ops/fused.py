@@ -11,9 +11,9 @@ from keras_ssattn.ops.visibility import visible_keys
 TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
 
 
-def is_available(kernel: str, visibility: dict) -> bool:
-    """Whether a fused kernel serves these arguments, exactly."""
-    if kernel != "softmax":
+def is_available(kernel: str, dtypes: set[str], visibility: dict) -> bool:
+    """Whether a fused kernel serves these arguments, exactly; Keras narrows float64 on PyTorch."""
+    if kernel != "softmax" or "float64" in dtypes:
         return False
     if keras.backend.backend() == "torch":
         return TORCH_TAKES_BIAS or not needs_mask(visibility)

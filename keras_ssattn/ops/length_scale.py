@@ -4,6 +4,7 @@ import math
 import numbers
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_ssattn.ops._arguments import (
@@ -20,7 +21,7 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     r"""SSMax's length scale, :math:`a = s \log n + b`.
 
     Multiply the logits, or more cheaply the query, by it. Natural logarithm; computed in
-    float32 (float64 for float64 parameters), whatever the compute dtype of the model.
+    float32 (float64 if an argument is), whatever the compute dtype of the model.
 
     Args:
         n: the number of keys that each query sees: a positive integer or an integer tensor.
@@ -29,8 +30,8 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
         b: the bias, likewise. Defaults to 0. `s=0, b=1` gives ordinary softmax.
 
     Returns:
-        A float32 tensor of the broadcast shape, or a Python float if every argument is a
-        number.
+        A float32 (or float64) tensor of the broadcast shape, or a Python float if every argument
+        is a number.
 
     Raises:
         ValueError: if `n` is a number below 1, or `s` or `b` is a number that is not finite.
@@ -46,15 +47,14 @@ def log_length_scale(n: Any, s: Any = 1.0, b: Any = 0.0) -> Any:
     s = _parameter("s", s)
     b = _parameter("b", b)
     n = check_count(n)
-    if isinstance(n, numbers.Real):
-        log_n = math.log(n)
-    else:
-        n = widen(n)
-        log_n = ops.log(ops.where(n > 1, n, 1.0))
-    dtypes = {dtype_of(x) for x in (s, log_n, b) if not isinstance(x, float)}
-    if len(dtypes) > 1:
-        s, log_n, b = (x if isinstance(x, float) else cast(x, "float64") for x in (s, log_n, b))
-    # no `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries
+    tensors = [x for x in (s, b, n) if not isinstance(x, numbers.Real)]
+    dtype = "float64" if "float64" in map(dtype_of, tensors) else "float32"
+    s, b, n = (x if isinstance(x, numbers.Real) else cast(x, dtype) for x in (s, b, n))
+    log_n = math.log(n) if isinstance(n, numbers.Real) else ops.log(ops.where(n > 1, n, 1.0))
+    # No `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries.
+    if any(map(keras.utils.is_keras_tensor, tensors)):
+        s, log_n, minus_b = (ops.convert_to_tensor(x, dtype) for x in (s, log_n, -b))
+        return ops.subtract(ops.multiply(s, log_n), minus_b)  # a product counts as sparse
     return s * log_n if isinstance(b, float) and b == 0 else s * log_n + b
 
 

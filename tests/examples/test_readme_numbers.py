@@ -69,8 +69,8 @@ def test_running_state_of_softpick():
     )
 
 
-def accuracy(arm, length):
-    runs = [result(f"papers/results/retrieval/{arm}-0.003-seed-{seed}.json") for seed in range(3)]
+def accuracy(arm, length, rate="0.003"):
+    runs = [result(f"papers/results/retrieval/{arm}-{rate}-seed-{seed}.json") for seed in range(3)]
     return f"{np.mean([run['by_length'][str(length)]['accuracy'] for run in runs]):.2f}"
 
 
@@ -80,6 +80,12 @@ def test_retrieval():
     assert_in_readme(
         f"Softmax is right on {softmax[0]} of the questions among 512 items and on {softmax[1]} "
         f"among 2048. SSMax is right on {ssmax[0]} and {ssmax[1]}"
+    )
+    plain, scaled = (accuracy(f"rectified-softpick{x}", 2048) for x in ("", "-s-log-n"))
+    assert_in_readme(
+        f"fades like softmax ({plain} among 2048); with a length scale of s log n it does not "
+        f"({scaled}). Signed softpick hardly learns the task ({accuracy('softpick', 64, '0.001')} "
+        "among 64)"
     )
     arm = "ssmax-s-from-1-mean-log-n"
     assert {accuracy(arm, 64 * 2**i) for i in range(6)} == {"1.00"}
