@@ -33,7 +33,7 @@ from keras_ssattn.ops import (
     update_cache,
     visible_keys,
 )
-from keras_ssattn.ops._arguments import cast, dtype_of, widen
+from keras_ssattn.ops._arguments import dtype_of, scaled
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -249,8 +249,7 @@ class MultiHeadAttention(keras.layers.Layer):
             n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
             if uses_query:
                 factor = self.normalizer.length_scale(n, query)
-                wide = widen(query)
-                query = ops.cast(wide * cast(factor, dtype_of(wide)), dtype_of(query))
+                query = ops.cast(scaled(query, factor), dtype_of(query))
             else:
                 options["length_scale"] = self.normalizer.length_scale(n)
         if uses_query:

@@ -9,7 +9,7 @@ from keras_ssattn.layers._config import freeze_sublayers, serialize_options
 from keras_ssattn.layers._masks import align_left
 from keras_ssattn.layers.length_scale import LengthScale
 from keras_ssattn.ops import normalizers
-from keras_ssattn.ops._arguments import cast, check_axis, dtype_of, widen
+from keras_ssattn.ops._arguments import check_axis, dtype_of, scaled
 
 
 class Normalizer(keras.layers.Layer):
@@ -89,9 +89,7 @@ class Normalizer(keras.layers.Layer):
         else:  # heads are the third axis from the end, the normalized axis is the last
             n = ops.reshape(n, (1, 1)) if mask is None else ops.squeeze(n, -1)  # [..., H|1, T|1]
             factor = ops.expand_dims(self.length_scale(n), -1)
-        wide = widen(logits)
-        scaled = wide * cast(factor, dtype_of(wide))
-        weights = function(scaled, axis=self.axis, mask=mask, **options)
+        weights = function(scaled(logits, factor), axis=self.axis, mask=mask, **options)
         return ops.cast(weights, dtype_of(logits))
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -27,6 +27,12 @@ def widen(x: Any) -> Any:
     return x if dtype_of(x) == "float64" else cast(x, "float32")
 
 
+def scaled(x: Any, factor: Any) -> Any:
+    """`x` times a factor, in float32 or, where x has it, float64."""
+    x = widen(x)
+    return x * cast(factor, dtype_of(x))
+
+
 def check_count(n: Any) -> Any:
     """Returns a number of keys, 1 or more, as it is, anything else as a tensor, or raises."""
     if isinstance(n, numbers.Real):

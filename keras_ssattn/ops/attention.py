@@ -74,12 +74,10 @@ def attention(
             derivative on JAX only, without these two. `"fused"` calls
             `keras.ops.dot_product_attention`, for softmax and ssmax, where that is a fused kernel:
             on PyTorch, and without masks beyond causality on JAX with a GPU, in half precision,
-            where cuDNN has one; elsewhere, in float64, and with masks on Keras before 3.14, it
-            raises.
+            where cuDNN has one; elsewhere, in float64, and masked on Keras before 3.14, it raises.
             `"auto"` takes `"fused"` on PyTorch, if it needs no mask beyond causality, or one of at
             most 2^22 entries; else `"tiled"` where `T * S` passes 2^19 (724 x 724), or is unknown
-            until a TensorFlow graph runs (a short input is then one tile); else `"dense"`. A
-            functional model runs the same.
+            until a TensorFlow graph runs (a short input is then one tile); else `"dense"`.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.
@@ -127,14 +125,13 @@ def attention(
             f"`implementation` must be one of {('auto', *COMPUTE)}. Received: "
             f"implementation={implementation!r}"
         )
-    dtypes = {dtype_of(x) for x in (query, key, value)}
+    dtypes = sorted({dtype_of(x) for x in (query, key, value)})
     can_fuse = fused.is_available(kernel, dtypes, visibility)
     if implementation == "fused" and not can_fuse:
         raise ValueError(
-            'implementation="fused" serves softmax and ssmax in float32 and less: on the torch '
-            "backend, with masks from Keras 3.14 on, and on JAX with a GPU, without masks beyond "
-            f"causality. Received: normalizer={normalizer!r}, dtypes {sorted(dtypes)} on the "
-            f"{keras.backend.backend()} backend, Keras {keras.version()}"
+            'implementation="fused" serves softmax and ssmax up to float32: on torch, with masks '
+            "from Keras 3.14 on; on JAX with a GPU, without masks beyond causality. Received: "
+            f"{normalizer}, {dtypes}, on {keras.backend.backend()}, Keras {keras.version()}"
         )
     arguments = (query, key, value, kernel, factor, visibility, epsilon)
     if query.shape[0] == 0:  # nothing to compute, and PyTorch has no maximum of nothing
@@ -142,8 +139,8 @@ def attention(
     if implementation != "auto":
         return COMPUTE[implementation](*arguments)
     size = ops.shape(query)[1] * ops.shape(key)[1]
-    may_fuse = can_fuse and keras.backend.backend() == "torch"
-    if may_fuse and (not fused.needs_mask(visibility) or size <= MASKED_UP_TO):
+    can_fuse = can_fuse and keras.backend.backend() == "torch"
+    if can_fuse and (not fused.needs_mask(visibility) or size <= MASKED_UP_TO):
         return fused.attention(*arguments)
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
     is_long = size > DENSE_UP_TO if isinstance(size, int) else ops.is_tensor(size)

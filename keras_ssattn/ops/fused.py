@@ -11,7 +11,7 @@ from keras_ssattn.ops.visibility import visible_keys
 TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
 
 
-def is_available(kernel: str, dtypes: set[str], visibility: dict) -> bool:
+def is_available(kernel: str, dtypes: list[str], visibility: dict) -> bool:
     """Whether a fused kernel serves these arguments, exactly; Keras narrows float64 on PyTorch."""
     if kernel != "softmax" or "float64" in dtypes:
         return False
