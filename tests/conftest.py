@@ -3,8 +3,7 @@
 import os
 
 import pytest
-
-BACKENDS = ("tensorflow", "jax", "torch")
+from support import BACKENDS
 
 if os.environ.get("KERAS_BACKEND") not in BACKENDS:
     raise pytest.UsageError(

@@ -13,7 +13,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import relative_error, to_numpy
+from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
 

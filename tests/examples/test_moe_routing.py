@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import relative_error, to_numpy
+from support.helpers import relative_error, to_numpy
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")

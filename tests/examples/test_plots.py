@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from test_api import _run_examples
+from support.docstrings import failing_examples
 
 from keras_ssattn.analysis import AttentionMap, Recording, plot_attention, plot_scale, plots
 
@@ -151,7 +151,7 @@ def test_scale_plots_are_legible(shape, rng):
 
 
 def test_examples_in_docstrings_run():
-    assert _run_examples(plots) == []
+    assert failing_examples(plots) == []
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

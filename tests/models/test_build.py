@@ -1,0 +1,233 @@
+"""The mirror of Edifice: `build` and its neighbors."""
+
+import keras
+import numpy as np
+import pytest
+from support import oracle
+from support.helpers import relative_error, to_numpy
+
+import keras_ssattn
+from keras_ssattn import softpick, ssmax
+
+NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
+
+
+def small(**options):
+    return keras_ssattn.build(
+        **{"embed_dim": 5, "hidden_size": 12, "num_heads": 3, "num_layers": 2,
+           "window_size": 7, **options}
+    )  # fmt: skip
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(3, 7, 5)).astype("float32")
+
+
+def test_defaults():
+    model = keras_ssattn.build(embed_dim=256)
+    assert model.input_shape == (None, 60, 256)
+    assert model.output_shape == (None, 256)
+    assert [layer.name for layer in model.layers] == [
+        "state_sequence",
+        *[name for i in range(1, 6) for name in (f"ssmax_block_{i}", f"inter_block_dropout_{i}")],
+        "ssmax_block_6",
+        "final_norm",
+        "last_timestep",
+    ]
+    block = model.get_layer("ssmax_block_3")
+    assert block.causal
+    assert block.norm_position == "pre"
+    assert block.attention.num_heads == 4
+    assert block.attention.key_dim == 64
+    assert block.feed_forward.inner_size == 1024
+    assert block.dropout == model.get_layer("inter_block_dropout_3").rate == 0.1
+    # 4 projections, two layer norms and 256 -> 1024 -> 256 a block, one s a head; a last norm
+    per_block = 4 * (256 * 256 + 256) + 4 * 256 + (256 * 1024 + 1024) + (1024 * 256 + 256) + 4
+    assert model.count_params() == 6 * per_block + 2 * 256
+
+
+def test_names_of_variables_are_stable():
+    paths = [v.path for v in small(num_layers=1).trainable_variables]
+    block = "ssmax_block_1/"
+    assert sorted(paths) == sorted(
+        [
+            "input_projection/kernel",
+            "input_projection/bias",
+            block + "attention/normalizer/length_scale/s",
+            *[
+                f"{block}attention/{name}/{kind}"
+                for name in ("query", "key", "value", "attention_output")
+                for kind in ("kernel", "bias")
+            ],
+            *[
+                f"{block}{name}/{kind}"
+                for name in ("attention_norm", "feed_forward_norm")
+                for kind in ("gamma", "beta")
+            ],
+            *[
+                f"{block}feed_forward/{name}/{kind}"
+                for name in ("up", "down")
+                for kind in ("kernel", "bias")
+            ],
+            "final_norm/gamma",
+            "final_norm/beta",
+        ]
+    )
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_is_the_composition_of_its_layers(normalizer, x):
+    model = small(normalizer=normalizer, output_mode="all")
+    y = x
+    for layer in model.layers[1:]:
+        y = layer(y)
+    np.testing.assert_allclose(to_numpy(model(x)), to_numpy(y), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_causal(normalizer, x):
+    model = small(normalizer=normalizer, output_mode="all")
+    changed = x.copy()
+    changed[:, 4:] += 1.0
+    before, after = to_numpy(model(x)), to_numpy(model(changed))
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert relative_error(before[:, 4:], after[:, 4:]) > 1e-3
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_output_modes(normalizer, x):
+    models = {m: small(normalizer=normalizer, output_mode=m)
+              for m in ("all", "last_timestep", "mean_pool")}  # fmt: skip
+    for model in models.values():
+        model.set_weights(models["all"].get_weights())
+    steps = to_numpy(models["all"](x))
+    np.testing.assert_array_equal(to_numpy(models["last_timestep"](x)), steps[:, -1])
+    mean = to_numpy(models["mean_pool"](x))
+    np.testing.assert_allclose(mean, steps.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["all", "last_timestep", "mean_pool"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_padding_is_invisible(normalizer, side, mode, x):
+    model = small(normalizer=normalizer, output_mode=mode, window_size=None)
+    kept = np.arange(7) >= 3 if side == "left" else np.arange(7) < 4
+    expected = to_numpy(model(x[:, kept]))
+    actual = to_numpy(model(x, mask=np.broadcast_to(kept, (3, 7))))
+    actual = actual[:, kept] if mode == "all" else actual
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["last_timestep", "mean_pool"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_fully_padded_sequence_is_finite(normalizer, mode, x):
+    model = small(normalizer=normalizer, output_mode=mode)
+    mask = np.array([[True] * 7, [False] * 7, [True] * 7])
+    actual = to_numpy(model(x, mask=mask))
+    np.testing.assert_array_equal(actual[1], np.zeros(12))
+    np.testing.assert_allclose(actual[[0, 2]], to_numpy(model(x))[[0, 2]], rtol=1e-5, atol=1e-6)
+
+
+def test_no_projection_no_dropout_no_final_norm():
+    model = small(embed_dim=12, dropout=0.0, final_norm=False, output_mode="all")
+    names = [layer.name for layer in model.layers]
+    assert names == ["state_sequence", "ssmax_block_1", "ssmax_block_2"]
+
+
+def test_normalizer_layer_and_model_name():
+    scale = keras_ssattn.LogLengthScale(init_s=0.3)
+    model = small(normalizer=keras_ssattn.Softpick(length_scale=scale), name="mine")
+    assert model.name == "mine"
+    block = model.get_layer("softpick_block_2")
+    np.testing.assert_allclose(to_numpy(block.attention.normalizer.length_scale.s), [0.3] * 3)
+    assert small(normalizer="softpick").name == "softpick_transformer"
+
+
+@pytest.mark.parametrize("module", [ssmax, softpick])
+def test_modules_build_their_own(module, x):
+    name = module.__name__.rpartition(".")[2]
+    model = module.build(embed_dim=5, hidden_size=12, num_heads=3, num_layers=1, window_size=7)
+    assert model.layers[2].attention.normalizer.name == "normalizer"
+    assert model.layers[2].name == f"{name}_block_1"
+    assert model.name == f"{name}_transformer"
+    assert module.output_size() == 256
+    assert module.output_size(hidden_size=12, num_layers=3) == 12
+
+
+def test_compute(rng):
+    logits = rng.normal(size=(3, 7)).astype("float32")
+    expected = oracle.normalize("ssmax", logits, s=0.5, n=100)
+    np.testing.assert_allclose(to_numpy(ssmax.compute(logits, 0.5, 100)), expected, rtol=1e-6)
+    assert keras_ssattn.compute is ssmax.compute
+    shift = to_numpy(ssmax.compute(logits, 0.5, 100, formula="shift"))
+    np.testing.assert_allclose(shift, oracle.normalize("softmax", logits), rtol=1e-6)
+    expected = oracle.normalize("softpick", logits.T).T
+    np.testing.assert_allclose(to_numpy(softpick.compute(logits, axis=0)), expected, rtol=1e-6)
+
+
+def test_layer(rng):
+    logits = rng.normal(size=(3, 7)).astype("float32")
+    inputs = keras.Input((7,))
+    outputs = [
+        ssmax.layer(inputs, name="a", init_s=0.5),
+        softpick.layer(inputs, name="b"),
+        keras_ssattn.layer(inputs, normalizer="rectified_softpick", name="c", epsilon=0.5),
+        keras_ssattn.layer(inputs, name="d"),
+    ]
+    model = keras.Model(inputs, outputs)
+    assert [layer.name for layer in model.layers[1:]] == ["a", "b", "c", "d"]
+    expected = [
+        oracle.normalize("ssmax", logits, s=0.5),
+        oracle.normalize("softpick", logits),
+        oracle.normalize("rectified_softpick", logits, epsilon=0.5),
+        oracle.normalize("ssmax", logits),
+    ]
+    for actual, wanted in zip(model(logits), expected, strict=True):
+        np.testing.assert_allclose(to_numpy(actual), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (ssmax.build_ssmax_attention, "ssmax_attn"),
+        (softpick.build_softpick_attention, "softpick_attn"),
+    ],
+)  # fmt: skip
+def test_build_attention(function, name, x):
+    inputs = keras.Input((7, 5))
+    model = keras.Model(inputs, function(inputs, hidden_size=12, num_heads=3))
+    assert model.output_shape == (None, 7, 12)
+    layer = model.get_layer(name)
+    assert (layer.num_heads, layer.key_dim) == (3, 4)
+    expected = to_numpy(layer(x, x, use_causal_mask=True))
+    np.testing.assert_allclose(to_numpy(model(x)), expected, rtol=1e-6, atol=1e-6)
+    assert function(inputs, name="other").shape == (None, 7, 256)
+
+
+ERRORS = [
+    (lambda: small(hidden_size=13), ValueError, "`hidden_size` must be a multiple.*13.*3"),
+    (lambda: small(embed_dim=0), ValueError, "`embed_dim` must be a positive integer.*0"),
+    (lambda: small(num_layers=-1), ValueError, "`num_layers` must be a positive integer.*-1"),
+    (lambda: small(window_size=0), ValueError, "`window_size` must be a positive integer or None"),
+    (lambda: small(dropout=1.5), ValueError, r"`dropout` must be a number in \[0, 1\).*1.5"),
+    (lambda: small(output_mode="first"), ValueError, "`output_mode` must be one of.*'first'"),
+    (lambda: small(normalizer="entmax"), ValueError, "`normalizer` must be one of.*'entmax'"),
+    (lambda: small(num_head=3), TypeError, "unexpected keyword argument 'num_head'"),
+    (lambda: ssmax.build(5, window=3), TypeError, "unexpected keyword argument 'window'"),
+    (lambda: ssmax.build(5, normalizer="softmax"), TypeError, "multiple values.*'normalizer'"),
+    (lambda: ssmax.output_size(heads=3), TypeError, "unexpected keyword argument 'heads'"),
+    (lambda: ssmax.output_size(hidden_size=0), ValueError, "`hidden_size` must be a positive"),
+    (lambda: keras_ssattn.layer([[1.0]], normalizer="l1"), ValueError, "`normalizer` must.*'l1'"),
+    (
+        lambda: ssmax.build_ssmax_attention(keras.Input((7, 5)), 10, 4),
+        ValueError,
+        "`hidden_size` must be a multiple of `num_heads`.*10.*4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "match"), ERRORS, ids=[e[2] for e in ERRORS])
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,226 @@
+"""Tokens that a language model generates."""
+
+import keras
+import numpy as np
+import pytest
+from support.cases import VOCABULARY, randomize, tokens
+from support.helpers import to_numpy
+from support.language import OPTIONS, PROMPTS, assert_greedy, language_model, make
+
+from keras_ssattn.models import CausalLM, generate
+from keras_ssattn.models.generation import sample
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_generates_what_the_model_without_a_cache_does(options):
+    model = make(options)
+    generated = model.generate(PROMPTS, max_new_tokens=6)
+    assert [(new.dtype, new.shape) for new in generated] == [("int32", (6,))] * len(PROMPTS)
+    assert_greedy(model, PROMPTS, generated)
+
+
+def test_padding_in_a_prompt_and_among_new_tokens_is_not_seen():
+    model = make("padding")
+    embeddings = to_numpy(model.token_embedding.embeddings)
+    embeddings[0] *= 3.0  # so that the padding is generated, too
+    model.token_embedding.set_weights([embeddings])
+    prompts = [[3, 0, 4, 0, 5], [9, 2], [0, 0, 7]]
+    generated = model.generate(prompts, 8)
+    assert 0 in np.concatenate(generated)
+    assert_greedy(model, prompts, generated)
+
+
+def test_padding_at_the_end_of_a_prompt_is_left_out():
+    model = make("padding")
+    padded = np.array([[3, 0, 4, 0, 0], [9, 2, 7, 5, 0]])
+    expected = model.generate([[3, 0, 4], [9, 2, 7, 5]], 5)
+    np.testing.assert_array_equal(model.generate(padded, 5), expected)
+    with pytest.raises(ValueError, match="`prompts` must have a token that is no padding"):
+        model.generate([[3], [0, 0]], 5)
+
+
+def test_ragged_prompts(backend):
+    if backend != "tensorflow":
+        pytest.skip("of TensorFlow")
+    import tensorflow as tf
+
+    model = language_model(num_layers=1)
+    expected = model.generate(PROMPTS, 4)
+    np.testing.assert_array_equal(model.generate(tf.ragged.constant(PROMPTS), 4), expected)
+
+
+def test_generates_with_the_weights_of_the_moment():
+    model = language_model()
+    before = model.generate(PROMPTS, 8)
+    randomize(model, seed=5)
+    after = model.generate(PROMPTS, 8)
+    assert_greedy(model, PROMPTS, after)
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def test_generates_with_another_theta():
+    model = language_model()
+    model.generate(PROMPTS, 8)
+    for block in model.blocks:
+        block.attention.rotary.theta = 20.0
+    assert_greedy(model, PROMPTS, model.generate(PROMPTS, 8))
+
+
+@pytest.mark.parametrize("prompts", [np.array([[1, 2, 3], [4, 5, 6]]), [(1, 2, 3), (4, 5, 6)]])
+def test_prompts_of_any_kind(prompts):
+    model = language_model()
+    expected = model.generate([[1, 2, 3], [4, 5, 6]], 3)
+    np.testing.assert_array_equal(model.generate(prompts, 3), expected)
+    np.testing.assert_array_equal(
+        model.generate(keras.ops.convert_to_tensor(np.array(prompts)), 3), expected
+    )
+
+
+def test_stop_tokens_end_a_row_and_are_kept():
+    model = language_model()
+    free = [x.tolist() for x in model.generate(PROMPTS, 8)]
+    stop = free[0][2]
+    stopped = model.generate(PROMPTS, 8, stop_tokens=[stop])
+    for row, cut in zip(free, stopped, strict=True):
+        end = row.index(stop) + 1 if stop in row else len(row)
+        assert cut.tolist() == row[:end]
+
+
+def test_generation_ends_when_every_row_has(monkeypatch):
+    model, steps = language_model(), []
+    monkeypatch.setattr(
+        model, "next_logits", lambda *a: steps.append(1) or CausalLM.next_logits(model, *a)
+    )
+    model.generate(PROMPTS, 50, stop_tokens=range(VOCABULARY))
+    if keras.backend.backend() == "torch":  # the others trace it twice, whatever is run
+        assert len(steps) == 1
+
+
+def test_seed_makes_draws_repeatable():
+    model, options = language_model(), {"temperature": 2.0}
+    first, same, other = (model.generate(PROMPTS, 20, seed=s, **options) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert (np.array(first) != np.array(other)).any()
+    assert (first[0] != first[1]).any()  # each row has draws of its own
+
+
+# Drawing a token
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """What `sample` should draw from, by a loop in float64."""
+    logits = np.asarray(logits, "float64") / temperature
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    weights = np.exp(logits[order] - logits.max())
+    weights /= weights.sum()
+    result, seen = np.zeros(len(logits)), 0.0
+    for i, weight in zip(order, weights, strict=True):
+        if top_p is None or seen < top_p:
+            result[i] = weight
+        seen += weight
+    return result / result.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("top_p", [None, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 4])
+def test_draws_have_the_probabilities_of_the_oracle(temperature, top_k, top_p, rng):
+    logits = rng.normal(size=7).astype("float32")
+    draws = (np.arange(20000, dtype="float32") + 0.5) / 20000
+    batch = keras.ops.tile(keras.ops.convert_to_tensor(logits)[None], (len(draws), 1))
+    found = to_numpy(sample(batch, keras.ops.convert_to_tensor(draws), temperature, top_k, top_p))
+    share = np.bincount(found, minlength=7) / len(draws)
+    np.testing.assert_allclose(share, probabilities(logits, temperature, top_k, top_p), atol=2e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("draw", [0.0, 1.0 - 2.0**-24])
+def test_a_token_without_weight_is_never_drawn(draw, top_k):
+    logits = np.array([[-1e4, 0.3, 0.1, -1e4, 0.2, -1e4]], "float32")
+    found = sample(
+        keras.ops.convert_to_tensor(logits), keras.ops.convert_to_tensor([draw]), 1.0, top_k
+    )
+    assert int(found[0]) in (1, 2, 4)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40])
+def test_low_temperature_takes_the_likeliest(temperature):
+    model = language_model(num_layers=1)
+    np.testing.assert_array_equal(
+        model.generate(PROMPTS, 4, temperature=temperature, seed=0), model.generate(PROMPTS, 4)
+    )
+
+
+def test_one_compiled_function_serves_every_temperature():
+    model = language_model(num_layers=1)
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
+        model.generate(PROMPTS, 2, temperature=temperature, top_p=top_p, seed=0)
+    assert len(model.generators.functions) == 1
+
+
+def test_functions_of_variables_that_the_model_had_are_let_go():
+    model = language_model(num_layers=1)
+    model.generate(PROMPTS, 2)
+    model.quantize("int8")
+    assert_greedy(model, PROMPTS, model.generate(PROMPTS, 2))
+    assert len(model.generators.functions) == 1
+
+
+def test_generates_in_a_callback():
+    model, text, found = language_model(num_layers=1), tokens(), []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda *_, **__: found.append(model.generate(PROMPTS, 2))
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    model.fit(text[:, :-1], text[:, 1:], verbose=0, callbacks=[callback])
+    np.testing.assert_array_equal(found[-1], model.generate(PROMPTS, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompts": []}, ValueError, "`prompts` must have one prompt or more"),
+        ({"prompts": [[1], []]}, ValueError, r"`prompts` must be token ids.*shape \(0,\)"),
+        ({"prompts": [1, 2]}, ValueError, r"`prompts` must be token ids.*shape \(\)"),
+        ({"prompts": [[1.0]]}, TypeError, "`prompts` must be integers.*float64"),
+        ({"prompts": [[1, 13]]}, ValueError, "`prompts` must be from 0 to 12.*1 to 13"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be a positive integer"),
+        ({"temperature": -1.0}, ValueError, "`temperature` must be a number, 0 or more"),
+        ({"temperature": float("nan")}, ValueError, "`temperature` must be a number, 0 or more"),
+        ({"top_k": 3}, ValueError, "`top_k` and `top_p` go with a `temperature` above 0"),
+        ({"temperature": 1.0, "top_k": 14}, ValueError, "`top_k` must not be more than"),
+        ({"temperature": 1.0, "top_k": 0}, ValueError, "`top_k` must be a positive integer"),
+        ({"temperature": 1.0, "top_p": 0.0}, ValueError, r"`top_p` must be a number in \(0, 1\]"),
+        ({"prompts": 5}, TypeError, "`prompts` must be rows of token ids.*5"),
+        ({"prompts": [[1, [2]]]}, TypeError, "`prompts` must be rows of token ids"),
+        ({"seed": -1}, ValueError, "`seed` must be an integer, 0 or more, or None.*-1"),
+        ({"seed": True}, ValueError, "`seed` must be an integer, 0 or more, or None.*True"),
+        ({"stop_tokens": 5}, TypeError, "`stop_tokens` must be token ids.*stop_tokens=5"),
+        ({"stop_tokens": [99]}, ValueError, "`stop_tokens` must be from 0 to 12"),
+    ],
+)
+def test_errors_of_generate(options, error, message):
+    arguments = {"prompts": [[1, 2]], "max_new_tokens": 3, **options}
+    with pytest.raises(error, match=message):
+        generate(language_model(num_layers=1), **arguments)
+
+
+def test_a_part_of_a_model_in_fit_generates_once_the_whole_is_synchronized(backend):
+    """On JAX the model that is fitted keeps the weights; an error says so."""
+    inner, text = language_model(num_layers=1), tokens()
+    x = keras.Input((None,), dtype="int32")
+    outer, found = keras.Model(x, inner(x)), []
+
+    def generate_in_fit(*_, **__):
+        if backend == "jax":
+            with pytest.raises(RuntimeError, match=r"`jax_state_sync\(\)` of it first"):
+                inner.generate(PROMPTS, 2)
+            outer.jax_state_sync()
+        found.append(inner.generate(PROMPTS, 2))
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    outer.compile(keras.optimizers.SGD(0.1), loss)
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=generate_in_fit)
+    outer.fit(text[:, :-1], text[:, 1:], verbose=0, callbacks=[callback])
+    np.testing.assert_array_equal(found[-1], inner.generate(PROMPTS, 2))

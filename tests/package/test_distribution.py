@@ -1,0 +1,115 @@
+"""Training on several devices gives what training on one gives."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from support import SCRIPTS, TESTS
+
+from keras_ssattn.distribution import layout_map
+
+
+def launch(*arguments, **environment):
+    """Runs Python with these arguments to its end, or fails with what it wrote."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def results(script, kinds, folder):
+    for kind in kinds:
+        launch(SCRIPTS / script, kind, folder / f"{kind}.json")
+    return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
+
+
+def only_on(backend, needed):
+    if backend != needed:
+        pytest.skip(f"this is the way of the {needed} backend")
+
+
+@pytest.fixture(scope="module")
+def on_jax(tmp_path_factory):
+    if keras.backend.backend() != "jax":
+        pytest.skip("keras.distribution is for JAX")
+    kinds = ("single", "data", "model")
+    return results("distribute_jax.py", kinds, tmp_path_factory.mktemp("jax"))
+
+
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_keras_distribution_on_jax(kind, on_jax):
+    single, parallel = on_jax["single"], on_jax[kind]
+    assert single["losses"][-1] < single["losses"][0]
+    np.testing.assert_allclose(parallel["losses"], single["losses"], rtol=1e-5)
+    np.testing.assert_allclose(parallel["outputs"], single["outputs"], rtol=1e-5, atol=1e-5)
+
+
+SHARDED = {
+    r"attention/(query|key|value)/kernel": 1,
+    r"attention/(query|key|value)/bias": 0,
+    r"attention/attention_output/kernel": 0,
+    r"attention/normalizer/length_scale/[sb]": 0,
+    r"feed_forward/up/kernel": 1,
+    r"feed_forward/up/bias": 0,
+    r"feed_forward/down/kernel": 0,
+}
+
+
+def test_layout_map_splits_heads_and_feed_forward_and_nothing_else(on_jax):
+    met = set()
+    for path, (shape, shard) in on_jax["model"]["shards"].items():
+        expected = list(shape)
+        for pattern, axis in SHARDED.items():
+            if re.search(pattern + "$", path):
+                expected[axis] //= 2
+                met.add(pattern)
+        assert shard == expected, path
+    assert met == set(SHARDED)
+
+
+def test_layout_map_names_a_missing_axis(backend):
+    only_on(backend, "jax")
+    mesh = keras.distribution.DeviceMesh((1,), ("batch",), keras.distribution.list_devices()[:1])
+    with pytest.raises(ValueError, match=r"`model_axis` must be an axis.*'batch'.*'model'"):
+        layout_map(mesh)
+
+
+def test_mirrored_strategy_on_tensorflow(backend, tmp_path):
+    only_on(backend, "tensorflow")
+    found = results("distribute_tensorflow.py", ("single", "mirrored"), tmp_path)
+    single, mirrored = found["single"], found["mirrored"]
+    assert single["losses"][-1] < single["losses"][0]
+    np.testing.assert_allclose(mirrored["losses"], single["losses"], rtol=1e-5)
+    np.testing.assert_allclose(mirrored["outputs"], single["outputs"], rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_on_torch(backend, tmp_path):
+    only_on(backend, "torch")
+    here = "127.0.0.1"  # the name of a machine need not resolve, and torchrun would wait for it
+    for size in (1, 2):
+        launch(
+            "-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}:0",
+            f"--local-addr={here}", f"--nproc-per-node={size}",
+            SCRIPTS / "torch_ddp.py", tmp_path / f"of{size}",
+            OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+    single = np.load(tmp_path / "of1-0.npz")
+    first, second = (np.load(tmp_path / f"of2-{rank}.npz") for rank in (0, 1))
+    assert not np.allclose(first["losses"], second["losses"])  # each saw its own part
+    np.testing.assert_allclose(
+        (first["losses"] + second["losses"]) / 2, single["losses"], rtol=1e-5
+    )
+    for name in single.files:
+        if name != "losses":
+            np.testing.assert_array_equal(first[name], second[name])
+            np.testing.assert_allclose(first[name], single[name], rtol=1e-4, atol=1e-5)

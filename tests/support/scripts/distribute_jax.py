@@ -1,0 +1,57 @@
+"""Trains on four simulated devices as on one, and says how. Run by test_distribution.py.
+
+KERAS_BACKEND=jax python distribute_jax.py single|data|model OUTPUT.json
+"""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import keras
+import numpy as np
+from support.cases import sequences
+
+import keras_ssattn
+from keras_ssattn.distribution import layout_map
+
+
+def main(kind, output):
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 4
+    if kind == "data":
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    elif kind == "model":
+        mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
+        parallel = keras.distribution.ModelParallel(
+            layout_map=layout_map(mesh), batch_dim_name="batch"
+        )
+        keras.distribution.set_distribution(parallel)
+    keras.utils.set_random_seed(11)
+    model = keras_ssattn.build(
+        6, hidden_size=8, num_heads=2, num_layers=2, dropout=0.0, window_size=7,
+        normalizer=keras_ssattn.SSMax(use_bias=True),
+    )  # fmt: skip
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    losses = model.fit(
+        sequences(batch=16),
+        np.ones((16, 8), "float32"),
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+    ).history["loss"]
+    shards = {
+        v.path: (list(v.shape), list(v.value.addressable_shards[0].data.shape))
+        for v in model.trainable_variables
+    }
+    outputs = np.asarray(model.predict(sequences(seed=5), verbose=0)).tolist()
+    with open(output, "w") as file:
+        json.dump({"losses": losses, "outputs": outputs, "shards": shards}, file)
+    assert jax.device_count() == 4
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
