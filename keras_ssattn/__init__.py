@@ -18,18 +18,20 @@ from keras_ssattn.layers import (
     QwenLogScale,
     RectifiedSoftpick,
     RotaryEmbedding,
+    SinkSoftmax,
     Softmax,
     Softpick,
     SSMax,
     TransformerBlock,
 )
 from keras_ssattn.layers.normalizers import layer
-from keras_ssattn.models import build, output_size
+from keras_ssattn.models import CausalLM, build, convert_attention, generate, output_size
 from keras_ssattn.ssmax import compute
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CausalLM",
     "FeedForward",
     "LastTimestep",
     "LengthScale",
@@ -43,13 +45,16 @@ __all__ = [
     "RectifiedSoftpick",
     "RotaryEmbedding",
     "SSMax",
+    "SinkSoftmax",
     "Softmax",
     "Softpick",
     "TransformerBlock",
     "analysis",
     "build",
     "compute",
+    "convert_attention",
     "distribution",
+    "generate",
     "layer",
     "layers",
     "models",

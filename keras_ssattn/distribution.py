@@ -1,11 +1,11 @@
 """Layouts for model parallelism with `keras.distribution`."""
 
-from typing import Any
-
 import keras
 
 
-def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
+def layout_map(
+    device_mesh: keras.distribution.DeviceMesh, model_axis: str = "model"
+) -> keras.distribution.LayoutMap:
     """The `LayoutMap` that shards this package's layers over the axis `model_axis` of a mesh.
 
     Attention is split by head (projections, and the normalizer's s and b), the feed-forward
@@ -22,6 +22,7 @@ def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
         for layers of your own; keys are regular expressions on variable paths.
 
     Raises:
+        TypeError: if `device_mesh` is not a `DeviceMesh`.
         ValueError: if the mesh has no axis of that name.
 
     Example:
@@ -37,6 +38,11 @@ def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
     ... )
     >>> # keras.distribution.set_distribution(parallel)
     """
+    if not isinstance(device_mesh, keras.distribution.DeviceMesh):
+        raise TypeError(
+            "`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: "
+            f"device_mesh={device_mesh!r}"
+        )
     if model_axis not in device_mesh.axis_names:
         raise ValueError(
             f"`model_axis` must be an axis of the mesh, {device_mesh.axis_names}. Received: "
@@ -45,10 +51,10 @@ def layout_map(device_mesh: Any, model_axis: str = "model") -> Any:
     layouts = keras.distribution.LayoutMap(device_mesh)
     attention = r".*(attention|attn)(_\d+)?/"
     feed_forward = r".*feed_forward(_\d+)?/"
-    layouts[attention + "(query|key|value)/kernel"] = (None, model_axis, None)  # [E, H, D]
-    layouts[attention + "(query|key|value)/bias"] = (model_axis, None)  # [H, D]
+    layouts[attention + "(query|key|value|gate)/kernel"] = (None, model_axis, None)  # [E, H, D]
+    layouts[attention + "(query|key|value|gate)/bias"] = (model_axis, None)  # [H, D]
     layouts[attention + "attention_output/kernel"] = (model_axis, None, None)  # [H, D, E]
-    layouts[attention + "normalizer/.*(s|b)$"] = (model_axis,)  # [H]
+    layouts[attention + "normalizer/(.*/)?(s|b|sink)$"] = (model_axis,)  # [H]
     layouts[feed_forward + "(gate|up)/kernel"] = (None, model_axis)  # [E, F]
     layouts[feed_forward + "(gate|up)/bias"] = (model_axis,)  # [F]
     layouts[feed_forward + "down/kernel"] = (model_axis, None)  # [F, E]

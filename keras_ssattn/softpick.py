@@ -1,17 +1,16 @@
 """Signed softpick under the names of Edifice's `Blocks.Softpick`."""
 
-from typing import Any
-
 import keras
 
 from keras_ssattn import layers, models, ops
+from keras_ssattn._typing import ArrayLike, Axis, Tensor
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
 
 __all__ = ["build", "build_softpick_attention", "compute", "layer", "output_size"]
 
 
-def compute(x: Any, axis: Any = -1) -> Any:
+def compute(x: ArrayLike, axis: Axis = -1) -> Tensor:
     """Signed softpick, `x / (1 + sum |x|)`; see `keras_ssattn.ops.softpick`.
 
     Example:
@@ -22,7 +21,7 @@ def compute(x: Any, axis: Any = -1) -> Any:
     return ops.softpick(x, axis)
 
 
-def layer(inputs: Any, name: str = "softpick", axis: Any = -1, **options: Any) -> Any:
+def layer(inputs: ArrayLike, name: str = "softpick", axis: Axis = -1, **options: object) -> Tensor:
     """Applies a new `Softpick` layer to a tensor.
 
     Args:
@@ -44,7 +43,7 @@ def layer(inputs: Any, name: str = "softpick", axis: Any = -1, **options: Any) -
     return layers.Softpick(name=name, axis=axis, **options)(inputs)
 
 
-def build(embed_dim: int, **options: Any) -> keras.Model:
+def build(embed_dim: int, **options: object) -> keras.Model:
     """`keras_ssattn.build` with `normalizer="softpick"`; takes its other options.
 
     Example:
@@ -57,8 +56,8 @@ def build(embed_dim: int, **options: Any) -> keras.Model:
 
 
 def build_softpick_attention(
-    inputs: Any, hidden_size: int = 256, num_heads: int = 4, name: str = "softpick_attn"
-) -> Any:
+    inputs: ArrayLike, hidden_size: int = 256, num_heads: int = 4, name: str = "softpick_attn"
+) -> Tensor:
     """Applies new causal multi-head self-attention with signed softpick to `[B, T, E]`.
 
     Args:

@@ -1,48 +1,80 @@
 """SSMax under the names of Edifice's `Blocks.SSMax`."""
 
-from typing import Any
+from typing import Literal
 
 import keras
 
 from keras_ssattn import layers, models, ops
+from keras_ssattn._checks import check_choice
+from keras_ssattn._tensors import cast, dtype_of, to_tensor, widen
+from keras_ssattn._typing import ArrayLike, Shape, Tensor
+from keras_ssattn.layers.length_scales import LogLengthScale
+from keras_ssattn.layers.masks import align_left
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
 
-__all__ = ["build", "build_ssmax_attention", "compute", "layer", "output_size"]
+__all__ = ["EdificeSSMax", "build", "build_ssmax_attention", "compute", "layer", "output_size"]
 
 
-def compute(logits: Any, s: Any, seq_len: Any, formula: str = "scale") -> Any:
+FORMULAS = ("scale", "shift")
+Formula = Literal["scale", "shift"]
+
+
+def compute(
+    logits: ArrayLike, s: ArrayLike, seq_len: ArrayLike, formula: Formula = "scale"
+) -> Tensor:
     """Scalable softmax of `logits` over the last axis, with n = `seq_len`.
 
     Args:
         logits: floating-point `[..., n]`.
         s: the scale, a number or a tensor with size 1 along the last axis.
         seq_len: n, a positive integer or integer tensor.
-        formula: `"scale"` for the paper's `softmax(s log(n) x)`, `"shift"` for the formula
-            that Edifice documents, which equals softmax. See `keras_ssattn.ops.ssmax`.
+        formula: `"scale"` for the paper's `softmax(s log(n) x)`; `"shift"` for
+            `softmax(x - s log n)`, as Edifice documents it. Softmax ignores a shift, so that
+            equals softmax for every s and n, and s receives no gradient. It is here for parity.
 
     Returns:
         Weights of the shape and dtype of `logits`.
+
+    Raises:
+        ValueError: for an unknown formula, and as `keras_ssattn.ops.ssmax`.
 
     Example:
 
     >>> from keras_ssattn import ssmax
     >>> ssmax.compute([[1.0, 1.0, 1.0, 1.0]], s=1.0, seq_len=4)  # [[0.25, 0.25, 0.25, 0.25]]
     """
-    return ops.ssmax(logits, s, seq_len, formula=formula)
+    check_choice("formula", formula, FORMULAS)
+    if formula == "scale":
+        return ops.ssmax(logits, s, seq_len)
+    logits = to_tensor(logits)
+    x = widen(logits)
+    shift = ops.log_length_scale(seq_len, s)
+    shifted = x - (cast(shift, dtype_of(x)) if hasattr(shift, "dtype") else shift)
+    return cast(ops.softmax(shifted), dtype_of(logits))
 
 
-def layer(inputs: Any, name: str = "ssmax", init_s: float | str = 1.0, **options: Any) -> Any:
+def layer(
+    inputs: ArrayLike,
+    name: str = "ssmax",
+    init_s: float | str = 1.0,
+    formula: Formula = "scale",
+    **options: object,
+) -> Tensor:
     """Applies a new `SSMax` layer, with learned scalar s, to a tensor of logits.
 
     Args:
         inputs: logits, a symbolic tensor `[..., n]`, or an eager one.
         name: of the layer.
         init_s: initial s.
+        formula: `"scale"`, or `"shift"` for an `EdificeSSMax`; see `compute`.
         **options: of `keras_ssattn.layers.SSMax`.
 
     Returns:
         A tensor of the shape of `inputs`.
+
+    Raises:
+        ValueError: for an unknown formula.
 
     Example:
 
@@ -51,10 +83,48 @@ def layer(inputs: Any, name: str = "ssmax", init_s: float | str = 1.0, **options
     >>> ssmax.layer(keras.Input((10,))).shape
     (None, 10)
     """
-    return layers.SSMax(name=name, init_s=init_s, **options)(inputs)
+    check_choice("formula", formula, FORMULAS)
+    cls = layers.SSMax if formula == "scale" else EdificeSSMax
+    return cls(name=name, init_s=init_s, **options)(inputs)
 
 
-def build(embed_dim: int, **options: Any) -> keras.Model:
+class _Shift(LogLengthScale):
+    """s, which shifts the logits and so has no effect and no gradient."""
+
+    uses_count = False
+
+    def build(self, n_shape: Shape) -> None:
+        super().build(n_shape)
+        self.trainable = False
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class EdificeSSMax(layers.SSMax):
+    """SSMax by the formula that Edifice documents, `softmax(x - s log n)`, which equals softmax.
+
+    s is kept and is not trainable: it has no gradient. It takes the arguments of
+    `keras_ssattn.layers.SSMax` but for `use_bias`. In version 0.1.0 this was
+    `SSMax(formula="shift")`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn import ssmax
+    >>> ssmax.EdificeSSMax()(np.array([[1.0, 1.0]]))  # [[0.5, 0.5]]
+    """
+
+    scale_class = _Shift
+
+    def __init__(self, *args: object, use_bias: bool = False, **kwargs: object) -> None:
+        if use_bias:
+            raise ValueError("`use_bias` must be False in `EdificeSSMax`. Received: use_bias=True")
+        super().__init__(*args, **kwargs)
+
+    def call(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        return ops.softmax(logits, self.axis, align_left(mask, logits))
+
+
+def build(embed_dim: int, **options: object) -> keras.Model:
     """`keras_ssattn.build` with `normalizer="ssmax"`; takes its other options.
 
     Example:
@@ -67,8 +137,8 @@ def build(embed_dim: int, **options: Any) -> keras.Model:
 
 
 def build_ssmax_attention(
-    inputs: Any, hidden_size: int = 256, num_heads: int = 4, name: str = "ssmax_attn"
-) -> Any:
+    inputs: ArrayLike, hidden_size: int = 256, num_heads: int = 4, name: str = "ssmax_attn"
+) -> Tensor:
     """Applies new causal multi-head self-attention with SSMax to `[B, T, E]`.
 
     Args:

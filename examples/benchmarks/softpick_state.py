@@ -23,7 +23,7 @@ import numpy as np
 from keras import ops
 
 import keras_ssattn
-from keras_ssattn.models.compiled import compile_function
+from keras_ssattn._keras.compiling import compile_function
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -1,22 +1,20 @@
 """Checks of what is measured."""
 
-import numbers
-from typing import Any
-
 import numpy as np
 from keras import ops
 
-from keras_ssattn.ops._arguments import (
+from keras_ssattn._checks import (
     check_broadcastable,
     check_floating,
     check_mask,
+    check_number,
     check_rank,
-    to_tensor,
-    widen,
 )
+from keras_ssattn._tensors import to_tensor, widen
+from keras_ssattn._typing import ArrayLike, Shape, Tensor
 
 
-def check_index(name: str, index: Any) -> np.ndarray:
+def check_index(name: str, index: ArrayLike) -> np.ndarray:
     """Returns an index, or one for each of the batch, as an array, or raises."""
     index = np.asarray(ops.convert_to_numpy(index) if ops.is_tensor(index) else index)
     if index.dtype.kind not in "iu":
@@ -26,18 +24,12 @@ def check_index(name: str, index: Any) -> np.ndarray:
     return index
 
 
-def check_threshold(name: str, threshold: Any) -> Any:
-    """Returns a number, 0 or more, as it is, or raises."""
-    if (
-        isinstance(threshold, bool)
-        or not isinstance(threshold, numbers.Real)
-        or not float(threshold) >= 0
-    ):
-        raise ValueError(f"`{name}` must be a number, 0 or more. Received: {name}={threshold!r}")
-    return threshold
+def check_threshold(name: str, threshold: float) -> float:
+    """Returns a number, 0 or more, or raises."""
+    return check_number(name, threshold, "a number, 0 or more", lambda x: x >= 0)
 
 
-def check_weights(weights: Any, mask: Any) -> tuple[Any, Any]:
+def check_weights(weights: ArrayLike, mask: ArrayLike | None) -> tuple[Tensor, Tensor]:
     """Wide weights, 0 where the key is not seen, and the mask `[B, H, T, S]`."""
     weights = to_tensor(weights)
     check_floating("weights", weights)
@@ -46,7 +38,7 @@ def check_weights(weights: Any, mask: Any) -> tuple[Any, Any]:
     return ops.where(mask, widen(weights), 0.0), mask
 
 
-def check_values(values: Any, mask: Any) -> tuple[Any, Any]:
+def check_values(values: ArrayLike, mask: ArrayLike | None) -> tuple[Tensor, Tensor]:
     """Wide values, 0 where masked, and the mask of their shape."""
     values = to_tensor(values)
     check_floating("values", values)
@@ -56,7 +48,7 @@ def check_values(values: Any, mask: Any) -> tuple[Any, Any]:
     return ops.where(mask, widen(values), 0.0), mask
 
 
-def _to_shape(name: str, mask: Any, shape: tuple, shape_name: str) -> Any:
+def _to_shape(name: str, mask: ArrayLike | None, shape: Shape, shape_name: str) -> Tensor:
     if mask is None:
         return ops.ones(shape, dtype="bool")
     mask = check_mask(name, mask)

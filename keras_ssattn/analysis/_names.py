@@ -1,13 +1,13 @@
 """Short names of layers, that do not depend on the number of models made before."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from keras_ssattn._keras.tree import walk
+from keras_ssattn._typing import Layer
 from keras_ssattn.layers import LengthScale, MultiHeadAttention, TransformerBlock
-from keras_ssattn.models.held import walk
 
 
-def layer_names(model: Any, others: Iterable[Any] = ()) -> dict[int, str]:
+def layer_names(model: Layer, others: Iterable[Layer] = ()) -> dict[int, str]:
     """The names of attention layers, blocks and length scales that are built, by their `id`.
 
     A name is the path of the layer inside `model`: `causal_lm/block_1/attention` is `block_1`, as
@@ -34,7 +34,7 @@ def layer_names(model: Any, others: Iterable[Any] = ()) -> dict[int, str]:
     return names
 
 
-def _path_inside(model: Any, layer: Any) -> str:
+def _path_inside(model: Layer, layer: Layer) -> str:
     path = layer.path.removesuffix("/length_scale").removesuffix("/normalizer")
     return path.removeprefix(f"{model.name}/").removesuffix("/attention")
 

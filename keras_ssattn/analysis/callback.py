@@ -9,11 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ssattn._checks import check_integer
 from keras_ssattn.analysis import measures as functions
 from keras_ssattn.analysis._checks import check_index, check_threshold
 from keras_ssattn.analysis.recording import Recording, record
 from keras_ssattn.analysis.scale import learned_scale
-from keras_ssattn.layers._config import check_positive
 
 MEASURES = ("entropy", "sink_rate", "sparsity", "kurtosis", "max_activation", "s", "b")
 DEFAULT = ("entropy", "sink_rate", "kurtosis", "s")  # where a model has them
@@ -75,7 +75,7 @@ class AttentionStatistics(keras.callbacks.Callback):
         self.inputs = inputs
         self._required = () if measures is None else _names(measures)
         self.measures = self._required or DEFAULT
-        self.every = check_positive("every", every)
+        self.every = check_integer("every", every)
         if not isinstance(per_head, bool):
             raise ValueError(f"`per_head` must be True or False. Received: per_head={per_head!r}")
         self.per_head = per_head

@@ -10,21 +10,21 @@ All arithmetic is in float32, in float64 for float64 inputs.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_ssattn._checks import check_broadcastable
+from keras_ssattn._typing import ArrayLike, Axis, Tensor
 from keras_ssattn.analysis._checks import (
     check_index,
     check_threshold,
     check_values,
     check_weights,
 )
-from keras_ssattn.ops._arguments import check_broadcastable
 
 
-def attention_entropy(weights: Any, mask: Any = None) -> Any:
+def attention_entropy(weights: ArrayLike, mask: ArrayLike | None = None) -> Tensor:
     r"""Entropy of the weights of a query, in nats, averaged over queries.
 
     .. math:: -\sum_j p_j \log p_j, \quad p_j = |w_j| / \sum_k |w_k|, \quad 0 \log 0 = 0
@@ -61,7 +61,7 @@ def attention_entropy(weights: Any, mask: Any = None) -> Any:
     return _mean(-ops.sum(terms, axis=-1), total[..., 0] != 0, axis=(0, 2))
 
 
-def sink_rate(weights: Any, mask: Any = None, threshold: float = 0.3) -> Any:
+def sink_rate(weights: ArrayLike, mask: ArrayLike | None = None, threshold: float = 0.3) -> Tensor:
     r"""The share of heads that are attention sinks.
 
     .. math:: \frac{1}{BH} \sum_{b,h} \left[ \frac{1}{|Q|} \sum_{i \in Q} |w_{bhi1}| > \tau \right]
@@ -104,7 +104,7 @@ def sink_rate(weights: Any, mask: Any = None, threshold: float = 0.3) -> Any:
     return _mean(_share(mean > threshold, mean), found, axis=(0, 1))
 
 
-def sparsity(weights: Any, mask: Any = None, threshold: float = 0.0) -> Any:
+def sparsity(weights: ArrayLike, mask: ArrayLike | None = None, threshold: float = 0.0) -> Tensor:
     r"""The share of weights that are zero, among those on keys that are seen.
 
     Exactly zero unless `threshold` is given, else of a magnitude of at most that. Without a mask,
@@ -139,7 +139,12 @@ def sparsity(weights: Any, mask: Any = None, threshold: float = 0.0) -> Any:
     return _mean(zero, mask, axis=(0, 2, 3))
 
 
-def weight_on(weights: Any, key_index: Any, query_index: Any = None, mask: Any = None) -> Any:
+def weight_on(
+    weights: ArrayLike,
+    key_index: ArrayLike,
+    query_index: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> Tensor:
     """The weight that queries put on a marked key, such as the needle of a retrieval task.
 
     The mean over the queries that see the key, with its sign, or that of one query.
@@ -178,7 +183,7 @@ def weight_on(weights: Any, key_index: Any, query_index: Any = None, mask: Any =
     return ops.where(found, mean, math.nan)
 
 
-def kurtosis(values: Any, mask: Any = None) -> Any:
+def kurtosis(values: ArrayLike, mask: ArrayLike | None = None) -> Tensor:
     r"""Kurtosis of hidden activations: the fourth standardized moment of all of them.
 
     .. math:: \mathrm{mean}((x - \mu)^4) / \mathrm{mean}((x - \mu)^2)^2
@@ -218,7 +223,7 @@ def kurtosis(values: Any, mask: Any = None) -> Any:
     return _mean(ops.square(square / _mean(square, mask)), mask)
 
 
-def max_activation(values: Any, mask: Any = None) -> Any:
+def max_activation(values: ArrayLike, mask: ArrayLike | None = None) -> Tensor:
     """The largest magnitude of hidden activations.
 
     Args:
@@ -246,7 +251,7 @@ def max_activation(values: Any, mask: Any = None) -> Any:
     return ops.where(largest < 0, math.nan, largest)
 
 
-def _mean(x: Any, where: Any, axis: Any = None) -> Any:
+def _mean(x: Tensor, where: Tensor, axis: Axis | None = None) -> Tensor:
     """The mean of the entries of `x` for which `where`, NaN if there are none."""
     where = ops.broadcast_to(where, x.shape)
     total = ops.sum(ops.where(where, x, 0.0), axis=axis)
@@ -254,12 +259,12 @@ def _mean(x: Any, where: Any, axis: Any = None) -> Any:
     return ops.where(count > 0, total / ops.maximum(count, 1.0), math.nan)
 
 
-def _share(condition: Any, x: Any) -> Any:
+def _share(condition: Tensor, x: Tensor) -> Tensor:
     """1 where the condition on `x` holds, 0 where not, NaN where `x` is NaN."""
     return ops.where(ops.isnan(x), math.nan, ops.cast(condition, x.dtype))
 
 
-def _mean_on(weights: Any, mask: Any, is_key: Any) -> tuple[Any, Any]:
+def _mean_on(weights: Tensor, mask: Tensor, is_key: Tensor) -> tuple[Tensor, Tensor]:
     """The mean weight on one key over the queries that see it, and whether any does, `[B, H]`."""
     on_key = ops.logical_and(mask, is_key)
     count = ops.sum(ops.cast(on_key, weights.dtype), axis=(2, 3))
@@ -267,7 +272,7 @@ def _mean_on(weights: Any, mask: Any, is_key: Any) -> tuple[Any, Any]:
     return total / ops.maximum(count, 1.0), count > 0
 
 
-def _one_hot(name: str, index: Any, batch: int, length: int) -> Any:
+def _one_hot(name: str, index: ArrayLike, batch: int, length: int) -> Tensor:
     """Boolean `[B|1, length]`, True at the index of each row."""
     index = check_index(name, index)
     check_broadcastable(name, index.shape, (batch,), "[B]")

@@ -1,25 +1,17 @@
 """The attention weights and hidden states of one pass through a model."""
 
-import functools
-import inspect
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
+from keras_ssattn._keras.observing import observed_by
+from keras_ssattn._keras.state import sync_state
+from keras_ssattn._keras.tree import walk
+from keras_ssattn._tensors import widen
+from keras_ssattn._typing import ArrayLike, Layer, Tensor
 from keras_ssattn.analysis._names import layer_names
-from keras_ssattn.layers import MultiHeadAttention, TransformerBlock
-from keras_ssattn.layers._masks import attention_mask_by_head, both_masks
-from keras_ssattn.models.held import walk
-from keras_ssattn.models.state import sync_state
-from keras_ssattn.ops import visible_keys
-from keras_ssattn.ops._arguments import widen
-
-_lock = threading.RLock()
 
 
 class AttentionMap(NamedTuple):
@@ -82,14 +74,14 @@ class Recording(NamedTuple):
     hidden: dict[str, HiddenState]
 
 
-def record(model: Any, inputs: Any, **options: Any) -> Recording:
+def record(model: Layer, inputs: ArrayLike, **options: ArrayLike) -> Recording:
     """Runs a model once, in inference mode, and returns what its attention layers did.
 
     Every `MultiHeadAttention` and `TransformerBlock` that runs is recorded, at any depth of a
     functional or subclassed model. Weights and outputs are those of the model; only that all
     `T x S` weights are computed, so that memory grows with them: give it a small batch. The
     model stays as it is, compiled or not. In a callback during `fit`, it has the weights of the
-    moment. Other threads may use the model meanwhile; recordings of several take turns.
+    moment. Other threads may use the model meanwhile, and record it.
 
     A name is the path of the layer inside the model, `block_1` for the attention of that block
     and for its output, `block_1/context_attention` for its cross-attention. Of several layers of
@@ -126,28 +118,10 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
     sync_state(model)
     if not all(layer.built for _, layer in walk(model)):  # some layers are built by running them
         model(inputs, training=False, **options)
-    attention: list[tuple[Any, AttentionMap]] = []
-    hidden: list[tuple[Any, HiddenState]] = []
-
-    def attend(layer: Any, arguments: dict[str, Any], call: Callable) -> Any:
-        asked = arguments["return_attention_scores"]
-        output, weights, *cache = call(**{**arguments, "return_attention_scores": True})
-        mask = _visible(layer, arguments, weights.shape, *cache)
-        attention.append((layer, AttentionMap(_copy(layer, widen(weights)), _copy(layer, mask))))
-        results = (output, weights, *cache) if asked else (output, *cache)
-        return results[0] if len(results) == 1 else results
-
-    def transform(layer: Any, arguments: dict[str, Any], call: Callable) -> Any:
-        results = call(**arguments)
-        values = results if arguments["cache"] is None else results[0]
-        mask = arguments["inputs_mask"] if arguments["mask"] is None else arguments["mask"]
-        mask = ops.ones(values.shape[:2], "bool") if mask is None else ops.cast(mask, "bool")
-        mask = ops.broadcast_to(mask, values.shape[:2])
-        hidden.append((layer, HiddenState(_copy(layer, widen(values)), _copy(layer, mask))))
-        return results
-
-    with _observed(MultiHeadAttention, attend), _observed(TransformerBlock, transform):
+    watching = _Recorder()
+    with observed_by(watching):
         model(inputs, training=False, **options)
+    attention, hidden = watching.attention, watching.hidden
     if not attention:
         raise ValueError(
             "`model` must run a `keras_ssattn.layers.MultiHeadAttention`. Received: "
@@ -157,9 +131,27 @@ def record(model: Any, inputs: Any, **options: Any) -> Recording:
     return Recording(_by_name(attention, names), _by_name(hidden, names))
 
 
-def _by_name(runs: list[tuple[Any, Any]], names: dict[int, str]) -> dict[str, Any]:
+class _Recorder:
+    """Keeps what the layers of one pass say that they did, in order."""
+
+    def __init__(self) -> None:
+        self.attention: list[tuple[Layer, AttentionMap]] = []
+        self.hidden: list[tuple[Layer, HiddenState]] = []
+
+    def attended(self, layer: Layer, weights: Tensor, visible: Tensor) -> None:
+        arrays = _copy(layer, widen(weights)), _copy(layer, visible)
+        self.attention.append((layer, AttentionMap(*arrays)))
+
+    def transformed(self, layer: Layer, values: Tensor, mask: Tensor | None) -> None:
+        sizes = values.shape[:2]
+        mask = ops.ones(sizes, "bool") if mask is None else ops.cast(mask, "bool")
+        arrays = _copy(layer, widen(values)), _copy(layer, ops.broadcast_to(mask, sizes))
+        self.hidden.append((layer, HiddenState(*arrays)))
+
+
+def _by_name(runs: list[tuple[Layer, NamedTuple]], names: dict[int, str]) -> dict[str, NamedTuple]:
     """What the layers did in each run, by their names."""
-    results: dict[str, Any] = {}
+    results: dict[str, NamedTuple] = {}
     count: Counter[int] = Counter()
     for layer, result in runs:
         name = names[id(layer)]
@@ -168,58 +160,7 @@ def _by_name(runs: list[tuple[Any, Any]], names: dict[int, str]) -> dict[str, An
     return results
 
 
-@contextmanager
-def _observed(layer_class: Any, observe: Callable) -> Iterator[None]:
-    """While it lasts, calls of such layers in this thread go through `observe`.
-
-    By way of the class: layers and models are not touched, and need not be found.
-    """
-    with _lock:
-        original, thread = layer_class.call, threading.get_ident()
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(self, *args, **kwargs)
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            arguments = {k: v for k, v in bound.arguments.items() if k != "self"}
-            return observe(self, arguments, functools.partial(original, self))
-
-        layer_class.call = call
-        try:
-            yield
-        finally:
-            layer_class.call = original
-
-
-def _visible(layer: Any, arguments: dict[str, Any], sizes: tuple, cache: Any = None) -> Any:
-    """The keys that each query sees in a call of `MultiHeadAttention`, `[B, H, T, S]`."""
-    batch, _, length, key_length = sizes
-    if cache is None:
-        masks = (arguments["value_mask"], arguments["key_mask"])
-        key_mask = both_masks(*masks, (batch, key_length))
-    else:
-        key_mask = cache.mask
-    mask = visible_keys(
-        length,
-        key_length,
-        mask=attention_mask_by_head(arguments["attention_mask"], sizes),
-        key_mask=key_mask,
-        causal=arguments["use_causal_mask"],
-        window=layer.sliding_window,
-        query_offset=arguments["cache_index"],
-        segment_ids=arguments["segment_ids"],
-    )
-    mask = ops.ones(sizes, "bool") if mask is None else ops.broadcast_to(mask, sizes)
-    query_mask = arguments["query_mask"]
-    if query_mask is None:
-        return mask
-    return ops.logical_and(mask, ops.expand_dims(ops.cast(query_mask, "bool"), (1, 3)))
-
-
-def _copy(layer: Any, x: Any) -> np.ndarray:
+def _copy(layer: Layer, x: Tensor) -> np.ndarray:
     """A NumPy array of its own: layers after this one may change the tensor in place."""
     try:
         return np.array(ops.convert_to_numpy(x))

@@ -1,18 +1,17 @@
 """The learned length scales of a model."""
 
-from typing import Any
-
 import numpy as np
 from keras import ops
 
+from keras_ssattn._checks import check_choice
+from keras_ssattn._keras.state import sync_state
+from keras_ssattn._keras.tree import walk
+from keras_ssattn._typing import Layer
 from keras_ssattn.analysis._names import layer_names
 from keras_ssattn.layers import LengthScale
-from keras_ssattn.layers._config import check_choice
-from keras_ssattn.models.held import walk
-from keras_ssattn.models.state import sync_state
 
 
-def learned_scale(model: Any, parameter: str = "s") -> dict[str, np.ndarray]:
+def learned_scale(model: Layer, parameter: str = "s") -> dict[str, np.ndarray]:
     r"""The learned s, or b, of :math:`s \log n + b`, by layer and head.
 
     Of every SSMax and every other normalizer with a `LogLengthScale`, in attention layers and by

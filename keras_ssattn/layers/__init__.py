@@ -2,14 +2,23 @@
 
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
-from keras_ssattn.layers.length_scale import LengthScale, LogLengthScale
-from keras_ssattn.layers.normalizer import Normalizer
+from keras_ssattn.layers.length_scales import (
+    LengthScale,
+    LogLengthScale,
+    PositionTemperature,
+    QueryAwareScale,
+    QwenLogScale,
+)
+from keras_ssattn.layers.normalizers import (
+    Normalizer,
+    RectifiedSoftpick,
+    SinkSoftmax,
+    Softmax,
+    Softpick,
+    SSMax,
+)
 from keras_ssattn.layers.pooling import LastTimestep, MeanPool
-from keras_ssattn.layers.position_scale import PositionTemperature, QwenLogScale
-from keras_ssattn.layers.query_aware_scale import QueryAwareScale
 from keras_ssattn.layers.rotary import RotaryEmbedding
-from keras_ssattn.layers.softmax import Softmax, SSMax
-from keras_ssattn.layers.softpick import RectifiedSoftpick, Softpick
 from keras_ssattn.layers.transformer import TransformerBlock
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "RectifiedSoftpick",
     "RotaryEmbedding",
     "SSMax",
+    "SinkSoftmax",
     "Softmax",
     "Softpick",
     "TransformerBlock",

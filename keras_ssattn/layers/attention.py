@@ -1,50 +1,75 @@
 """Multi-head attention with a choice of normalizer."""
 
-from typing import Any
+import math
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
-from keras_ssattn.layers import normalizers
-from keras_ssattn.layers._config import (
-    NoWeights,
-    check_groups,
-    check_positive,
-    check_rate,
-    freeze_sublayers,
+from keras_ssattn._checks import check_choice, check_heads, check_integer, check_rate
+from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
+from keras_ssattn._keras.observing import observer
+from keras_ssattn._keras.serialization import (
+    check_options,
     serialize_options,
     serialize_policy,
 )
-from keras_ssattn.layers._masks import (
-    attention_mask_by_head,
-    both_masks,
-    hide_rows,
-    padding_mask,
+from keras_ssattn._tensors import cast, dtype_of, may_be_equal, multiply_wide
+from keras_ssattn._typing import (
+    ArrayLike,
+    Axis,
+    Config,
+    DType,
+    Identifier,
+    Implementation,
+    Layer,
+    Number,
+    Shape,
+    Tensor,
 )
+from keras_ssattn.layers import normalizers
+from keras_ssattn.layers.axes import AttentionAxes, check_axes
+from keras_ssattn.layers.masks import CallMasks, hide_rows, see
 from keras_ssattn.layers.projection import check_output_shape, projection
-from keras_ssattn.layers.rotary import get_rotary, rotate
+from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
     Cache,
-    attention,
-    attention_weights,
-    dense,
-    key_count,
+    Visibility,
+    attend,
+    attend_weights,
+    combine,
+    factor_of_query,
     make_cache,
-    update_cache,
-    visible_keys,
 )
-from keras_ssattn.ops._arguments import dtype_of, scaled
+from keras_ssattn.ops.cache import write_cache
+from keras_ssattn.ops.rotary import Rotation
+
+IMPLEMENTATIONS = ("auto", "dense", "tiled", "fused")
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values divided into heads, and what multiplies the queries."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    factor: Number | Tensor
+
+    def cached(self, cache: Cache, visibility: Visibility) -> tuple["Heads", Cache]:
+        """The same with the keys and values of a cache, into which these are written."""
+        key, value = write_cache(cache, visibility.query_offset, self.key, self.value)
+        return self._replace(key=key, value=value), Cache(key, value, visibility.key_mask)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class MultiHeadAttention(keras.layers.Layer):
-    """Multi-head attention whose normalizer is SSMax, softpick, rectified softpick or softmax.
+    """Multi-head attention whose normalizer is SSMax, softpick, softmax or another.
 
-    The call is that of `keras.layers.MultiHeadAttention`, and so are the projections `query`,
-    `key`, `value` and `attention_output` and their weights: with `normalizer="softmax"` the
-    layer loads that layer's weights and gives its outputs. It differs in three points: a query
-    that sees no key gets zeros (before the output projection), whatever the backend; an
-    explicit `query_mask` is honored; the normalizer computes in float32 under mixed precision.
+    It is call- and weight-compatible with `keras.layers.MultiHeadAttention`: with
+    `normalizer="softmax"` it takes that layer's config, loads its weights and gives its outputs.
+    Arguments after the fifth are keyword-only. It differs in three points: a query that sees no
+    key gets zeros (before the output projection), whatever the backend; an explicit `query_mask`
+    is honored; the normalizer computes in float32 under mixed precision.
 
     Args:
         num_heads: H, number of query heads.
@@ -52,31 +77,41 @@ class MultiHeadAttention(keras.layers.Layer):
         value_dim: size of each value head. Defaults to `key_dim`.
         num_kv_heads: number of key and value heads, a divisor of `num_heads`; each serves
             `num_heads / num_kv_heads` query heads. Defaults to `num_heads`.
-        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"softmax"`, a layer such
-            as `SSMax(use_bias=True)`, or its config. A layer is a specification: its options
-            are copied, its weights are not shared. SSMax has one s per query head.
+        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"sink_softmax"`,
+            `"softmax"`, a layer such as `SSMax(use_bias=True)`, or its config. A layer is a
+            specification: its options are copied, its weights are not shared. SSMax has one s per
+            query head.
         dropout: rate of dropout on the attention weights.
         use_bias: whether the projections have biases.
         output_shape: an integer or tuple, the output's shape beyond batch and time. Defaults
             to the query's last dimension.
+        attention_axes: axes of the inputs to attend over, an integer or several. Defaults to all
+            but the first, the batch, and the last, the features.
         sliding_window: a query sees keys less than `sliding_window` positions away, on either
             side unless `use_causal_mask`. `None` for all.
+        flash_attention: `True` asks for flash attention, and raises where it cannot be had;
+            `None` and `False` ask for nothing.
+        use_gate: whether to multiply each head's output by a sigmoid of a projection of the
+            query, before the output projection.
         rotary: a `RotaryEmbedding` layer for queries and keys, or its config; `None` for none.
         qk_norm: whether to apply RMS normalization to each query and key head, before the
             length scale (after it, it would undo it).
+        implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`; see `keras_ssattn.ops.attention`.
+            Take `"dense"` to differentiate twice, or to export where loops cannot be.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-        kernel_constraint, bias_constraint: of the projections.
+        activity_regularizer, kernel_constraint, bias_constraint: of the projections.
         seed: integer, of the dropout.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
-        query: `[B, T, E]`.
-        value: `[B, S, Ev]`.
+        query: `[B, T, E]`, or of any rank from 3 on, `[B, ..., E]`.
+        value: `[B, S, Ev]`, of the query's rank.
         key: `[B, S, Ek]`. Defaults to `value`.
-        query_mask: boolean `[B, T]`; rows where it is False get zero weights. Defaults to the
-            mask attached to `query`; so do `value_mask` and `key_mask`.
-        value_mask, key_mask: boolean `[B, S]`, False at padded keys.
-        attention_mask: boolean `[B, T, S]`, `[B, 1 or H, T, S]` or `[T, S]`, True = attend.
+        query_mask: boolean `[B, T]`, or `[B, ...]`; rows where it is False get zero weights.
+            Defaults to the mask attached to `query`; so do `value_mask` and `key_mask`.
+        value_mask, key_mask: boolean `[B, S]`, or `[B, ...]`, False at padded keys.
+        attention_mask: boolean `[B, T, S]`, `[B, 1 or H, T, S]` or `[T, S]`, True = attend. With
+            several attended axes T and S stand for those of the query and those of the keys.
         return_attention_scores: whether to return the weights as well.
         training: whether dropout applies.
         use_causal_mask: whether a query sees no later position.
@@ -86,6 +121,10 @@ class MultiHeadAttention(keras.layers.Layer):
             that it holds up to their own positions; `use_causal_mask=True` is required.
         cache_index: position of the first of these T: an integer, or an integer tensor, scalar
             or `[B]`, one for each row. `cache_index + T` must not pass the cache's length.
+        visibility: a `Visibility`, made once for several layers, which takes the place of the
+            masks, causality and segments; the layer's own window is added. With a cache it is that
+            of the whole cache, with these T in it.
+        rotation: a `Rotation` of the queries' positions, made once for several layers.
 
     All masks are combined by "and". n, the count that SSMax scales by, is the number of keys
     that each query then sees.
@@ -97,7 +136,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     Raises:
         ValueError: for sizes, rates, windows and shapes that do not fit.
-        TypeError: for a float mask.
+        TypeError: for a float mask, or an unknown option.
 
     Example:
 
@@ -108,8 +147,17 @@ class MultiHeadAttention(keras.layers.Layer):
     >>> layer(x, x, use_causal_mask=True).shape
     (2, 10, 64)
 
-    References: arXiv 1706.03762, 2501.19399 (SSMax), 2504.20966 (softpick), 2305.13245 (groups).
+    References: arXiv 1706.03762, 2501.19399 (SSMax), 2504.20966 (softpick), 2305.13245 (groups),
+    2505.06708 (gates).
     """
+
+    hints = {
+        "causal": "Causality is an argument of the call: `use_causal_mask=True`",
+        "use_causal_mask": "It is an argument of the call",
+        "num_query_heads": "Did you mean 'num_heads'?",
+        "num_key_value_heads": "Did you mean 'num_kv_heads'?",
+        "head_dim": "Did you mean 'key_dim'?",
+    }
 
     def __init__(
         self,
@@ -117,79 +165,139 @@ class MultiHeadAttention(keras.layers.Layer):
         key_dim: int,
         value_dim: int | None = None,
         num_kv_heads: int | None = None,
-        normalizer: Any = "ssmax",
+        normalizer: Identifier = "ssmax",
         *,
         dropout: float = 0.0,
         use_bias: bool = True,
-        output_shape: Any = None,
+        output_shape: int | Shape | None = None,
+        attention_axes: Axis | None = None,
         sliding_window: int | None = None,
-        rotary: Any = None,
+        flash_attention: bool | None = None,
+        use_gate: bool = False,
+        rotary: Identifier = None,
         qk_norm: bool = False,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
+        implementation: Implementation = "auto",
+        kernel_initializer: Identifier = "glorot_uniform",
+        bias_initializer: Identifier = "zeros",
+        kernel_regularizer: Identifier = None,
+        bias_regularizer: Identifier = None,
+        activity_regularizer: Identifier = None,
+        kernel_constraint: Identifier = None,
+        bias_constraint: Identifier = None,
         seed: int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
-        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
-        key_dim = check_positive("key_dim", key_dim)
-        value_dim = check_positive("value_dim", value_dim, optional=True)
-        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
+        if isinstance(num_kv_heads, float):
+            raise ValueError(
+                "`num_kv_heads`, the fourth argument, must be a positive integer or None; pass "
+                f"`dropout`, Keras's fourth, by name. Received: num_kv_heads={num_kv_heads}"
+            )
+        num_heads, num_kv_heads = check_heads(num_heads, num_kv_heads)
+        key_dim = check_integer("key_dim", key_dim)
+        value_dim = check_integer("value_dim", value_dim, optional=True)
+        sliding_window = check_integer("sliding_window", sliding_window, optional=True)
         check_rate("dropout", dropout)
-        normalizer = normalizers.get_for_attention(normalizer)
+        if flash_attention and dropout > 0:
+            raise ValueError(
+                "`flash_attention=True` has no dropout. Received: "
+                f"flash_attention={flash_attention}, dropout={dropout}"
+            )
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
+        check_options(self, kwargs, self.hints)
+        specification, rotary = normalizers.get_for_attention(normalizer), specify(rotary)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.value_dim = value_dim or key_dim
         self.num_kv_heads = num_kv_heads
-        self.normalizer = normalizer.copy_for(num_heads, name="normalizer", dtype=self.dtype_policy)
-        self.normalizer.length_scale.query_size = key_dim
+        self.normalizer = specification.make(
+            num_heads=num_heads, name="normalizer", dtype=self.dtype_policy
+        )
         self.dropout = dropout
         self.use_bias = use_bias
         self._output_shape = check_output_shape(output_shape)
+        self.attention_axes = check_axes(attention_axes)
         self.sliding_window = sliding_window
-        self.rotary: Any = get_rotary(rotary, self.dtype_policy)
+        self.flash_attention = flash_attention
+        self.use_gate = bool(use_gate)
+        self.rotary: Layer = rotary and rotary.make(dtype=self.dtype_policy)
         self.qk_norm = qk_norm
+        self.implementation = implementation
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.projection_regularizer = keras.regularizers.get(activity_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.seed = seed
 
-    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+    def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
         key_shape = value_shape if key_shape is None else key_shape
-        shapes = {"query": query_shape, "key": key_shape, "value": value_shape}
-        for name, shape in shapes.items():
-            if len(shape) != 3:
-                raise ValueError(
-                    f"`{name}` must have shape [batch, time, features]. Received: {name} with "
-                    f"shape {tuple(shape)}"
-                )
+        axes = self._check_shapes(query_shape, value_shape, key_shape)
+        query_shape, value_shape, key_shape = (
+            axes.fold_shape(x) for x in (query_shape, value_shape, key_shape)
+        )
         # Names and attributes are those of Keras's layer, so that its files of weights load.
-        heads, groups = self.num_heads, self.num_kv_heads
-        self.query_dense = projection(self, "query", query_shape, (heads, self.key_dim))
-        self.key_dense = projection(self, "key", key_shape, (groups, self.key_dim))
-        self.value_dense = projection(self, "value", value_shape, (groups, self.value_dim))
-        shape = (*query_shape[:-1], heads, self.value_dim)
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        self.query_dense = projection(self, "query", query_shape, (num_heads, self.key_dim))
+        self.key_dense = projection(self, "key", key_shape, (num_kv_heads, self.key_dim))
+        if self.use_gate:
+            shape = (num_heads, self.value_dim)
+            self.gate_dense = projection(self, "gate", query_shape, shape, "sigmoid")
+        else:
+            self.gate_dense = NoWeights(name="gate", dtype=self.dtype_policy)
+        self.value_dense = projection(self, "value", value_shape, (num_kv_heads, self.value_dim))
+        shape = (*query_shape[:-1], num_heads, self.value_dim)
         features = self._output_shape or (query_shape[-1],)
         self.output_dense = projection(self, "attention_output", shape, features)
-        self.normalizer.build((None, self.num_heads, None, None))
+        self.normalizer.build_for_attention((None, None, num_heads, self.key_dim))
         self.attention_dropout = keras.layers.Dropout(
             self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
         )
-        self.query_norm = self._head_norm("query_norm", self.num_heads)
-        self.key_norm = self._head_norm("key_norm", self.num_kv_heads)
+        self.query_norm = self._head_norm("query_norm", num_heads)
+        self.key_norm = self._head_norm("key_norm", num_kv_heads)
         if self.rotary is not None:
-            self.rotary.build((None, None, self.num_heads, self.key_dim))
+            self.rotary.build((None, None, num_heads, self.key_dim))
         freeze_sublayers(self)
 
-    def _head_norm(self, name: str, num_heads: int) -> Any:
+    def _check_shapes(
+        self, query_shape: Shape, value_shape: Shape, key_shape: Shape
+    ) -> AttentionAxes:
+        """The axes to attend over, or raises for shapes that do not fit."""
+        rank = len(query_shape)
+        shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
+        for name, shape in shapes.items():
+            if len(shape) < 3 or len(shape) != rank:
+                raise ValueError(
+                    f"`{name}` must have shape [batch, time, features], or more axes of time, as "
+                    f"many as `query`. Received: {name} with shape {tuple(shape)}, query with "
+                    f"shape {tuple(query_shape)}"
+                )
+        axes = AttentionAxes(rank, self.attention_axes)
+        pairs = zip(value_shape[:-1], key_shape[:-1], strict=True)
+        if not all(may_be_equal(size, other) for size, other in pairs):
+            raise ValueError(
+                "`value` and `key` must have the same sizes but for the features. Received: value "
+                f"with shape {tuple(value_shape)}, key with shape {tuple(key_shape)}"
+            )
+        pairs = zip(axes.pick(query_shape)[0], axes.pick(value_shape)[0], strict=True)
+        if not all(may_be_equal(size, other) for size, other in pairs):
+            raise ValueError(
+                "`query` and `value` must have the same batch size, and the same of all axes that "
+                f"are not attended over. Received: query with shape {tuple(query_shape)}, value "
+                f"with shape {tuple(value_shape)}"
+            )
+        ordered = self.sliding_window is not None or self.rotary is not None
+        if ordered and len(axes.attended) > 1:
+            raise ValueError(
+                "`sliding_window` and `rotary` need one attended axis. Received: "
+                f"attention_axes={axes.attended}"
+            )
+        return axes
+
+    def _head_norm(self, name: str, num_heads: int) -> Layer:
         if not self.qk_norm:
             return NoWeights(name=name, dtype=self.dtype_policy)
         norm = keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
@@ -197,106 +305,159 @@ class MultiHeadAttention(keras.layers.Layer):
         norm.build((None, None, num_heads, self.key_dim))
         return norm
 
-    def projections(self) -> list[Any]:
-        """The four `EinsumDense` layers, on which `quantize` and `enable_lora` work."""
-        return [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
+    def projections(self) -> list[Layer]:
+        """The `EinsumDense` layers, on which `quantize` and `enable_lora` work."""
+        gate = [self.gate_dense] if self.use_gate else []
+        return [self.query_dense, self.key_dense, *gate, self.value_dense, self.output_dense]
 
     def call(
         self,
-        query: Any,
-        value: Any,
-        key: Any = None,
-        query_mask: Any = None,
-        value_mask: Any = None,
-        key_mask: Any = None,
-        attention_mask: Any = None,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor | None = None,
+        query_mask: ArrayLike | None = None,
+        value_mask: ArrayLike | None = None,
+        key_mask: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
-        segment_ids: Any = None,
-        cache: Any = None,
-        cache_index: Any = 0,
-    ) -> Any:
+        segment_ids: ArrayLike | None = None,
+        cache: Cache | None = None,
+        cache_index: int | ArrayLike = 0,
+        visibility: Visibility | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         if cache is not None and (not use_causal_mask or segment_ids is not None):
             raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
         if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
             raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
-        batch, length = query.shape[:2]
-        sizes = (batch, self.num_heads, length, (value if cache is None else cache[0]).shape[1])
-        query_mask = padding_mask("query_mask", query_mask, (batch, length), "[B, T]")
-        visibility = {
-            "mask": attention_mask_by_head(attention_mask, sizes),
-            "key_mask": both_masks(value_mask, key_mask, (batch, value.shape[1])),
-            "causal": use_causal_mask,
-            "window": self.sliding_window,
-            "query_offset": cache_index,
-            "segment_ids": segment_ids,
-        }
-        key = self.key_norm(self.key_dense(value if key is None else key))  # [B, S, K, D]
-        query, value = self.query_norm(self.query_dense(query)), self.value_dense(value)
-        uses_query = self.normalizer.length_scale.uses_query  # which is before rotation
-        if uses_query:
-            [key] = rotate(self.rotary, cache_index, key)
-        else:
-            query, key = rotate(self.rotary, cache_index, query, key)
+        cache = None if cache is None else Cache(*cache)
+        key = value if key is None else key
+        axes = AttentionAxes(len(query.shape), self.attention_axes)
+        if use_causal_mask and len(axes.attended) > 1:
+            raise ValueError(
+                "`use_causal_mask` needs one attended axis. Received: attention_axes="
+                f"{axes.attended}"
+            )
+        inputs = axes.fold(query), axes.fold(value), axes.fold(key)
+        if visibility is None:
+            keys = axes.pick(ops.shape(value))[1] if cache is None else (cache[0].shape[1],)
+            masks = CallMasks(
+                *(axes.fold_padding(x) for x in (query_mask, value_mask, key_mask)),
+                axes.fold_mask(attention_mask, self.num_heads, query, keys),
+            )
+            visibility, query_mask = see(
+                inputs, masks, use_causal_mask, segment_ids, cache, cache_index
+            )
+        visibility = visibility.within(self.sliding_window)
+        heads = self._project(inputs, visibility, rotation, has_cache=cache is not None)
         if cache is not None:
-            cache = update_cache(cache, cache_index, key, value, visibility["key_mask"])
-            key, value, visibility["key_mask"] = cache
-            if length == 1:  # one row of a mask, for the count and for the attention
-                visibility = {"mask": visible_keys(1, ops.shape(key)[1], **visibility)}
-        options = {"normalizer": self.normalizer.kernel, **self.normalizer.kernel_options()}
-        if self.normalizer.uses_count:
-            n = key_count(ops.shape(query)[1], ops.shape(key)[1], **visibility)
-            if uses_query:
-                factor = self.normalizer.length_scale(n, query)
-                query = ops.cast(scaled(query, factor), dtype_of(query))
-            else:
-                options["length_scale"] = self.normalizer.length_scale(n)
-        if uses_query:
-            [query] = rotate(self.rotary, cache_index, query)
-        weights = None
-        if return_attention_scores or (self.dropout > 0 and training):
-            weights = attention_weights(query, key, **visibility, **options)
-            weights = ops.cast(weights, self.compute_dtype)
-            weights = hide_rows(weights, query_mask, (1, 3))
-            output = dense.combine(self.attention_dropout(weights, training=training), value)
-        else:
-            output = attention(query, key, value, **visibility, **options)
-            output = hide_rows(output, query_mask, (2, 3))
-        extra = (weights if return_attention_scores else None, cache)
-        results = [self.output_dense(output), *(x for x in extra if x is not None)]
+            heads, cache = heads.cached(cache, visibility)
+        output, weights = self._attend(
+            heads, visibility, query_mask, return_attention_scores, training
+        )
+        if self.use_gate:
+            output = output * self.gate_dense(inputs[0])
+        results = [axes.unfold(self.output_dense(output), query)]
+        if return_attention_scores:
+            results.append(axes.unfold_scores(weights, query, value))
+        if cache is not None:
+            results.append(cache)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def make_cache(self, batch_size: int, length: int) -> Any:
+    def _project(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        visibility: Visibility,
+        rotation: Rotation | None,
+        has_cache: bool,
+    ) -> Heads:
+        """Queries, keys and values by head, normalized and turned, and the factor of the query."""
+        query, value, key = inputs
+        is_self = has_cache or value is query
+        key = self.key_norm(self.key_dense(key))  # [B, S, K, D]
+        query, value = self.query_norm(self.query_dense(query)), self.value_dense(value)
+        scale, factor = self.normalizer.length_scale, 1.0 / math.sqrt(self.key_dim)
+        if scale.uses_query:  # which is before rotation
+            query = cast(multiply_wide(query, scale(visibility.count, query)), dtype_of(query))
+        elif scale.uses_count:
+            factor = factor_of_query(scale(visibility.count), factor)
+        if self.rotary is not None:
+            if rotation is None:
+                rotation = self.rotation(visibility, dtype_of(query))
+            if is_self:
+                query, key = turn(rotation, query, key)
+            else:
+                query, key = rotation.turn(query), self.rotary(key)
+        return Heads(query, key, value, factor)
+
+    def rotation(self, visibility: Visibility, dtype: DType) -> Rotation:
+        """What turns queries of that visibility and dtype, for several layers with one rotary."""
+        dtype = "float64" if dtype == "float64" else "float32"
+        return self.rotary.rotation(visibility.positions, self.key_dim, dtype)
+
+    def _attend(
+        self,
+        heads: Heads,
+        visibility: Visibility,
+        query_mask: Tensor | None,
+        return_scores: bool,
+        training: bool | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output by head `[B, T, H, Dv]`, and the weights if they are asked for."""
+        kernel, weights, watching = self.normalizer.kernel(), None, observer()
+        drops = self.dropout > 0 and training
+        if return_scores or drops or watching is not None:
+            weights = attend_weights(heads.query, heads.key, kernel, heads.factor, visibility)
+            weights = hide_rows(weights, query_mask, (1, 3))
+            if watching is not None:
+                watching.attended(self, weights, _visible(weights, visibility, query_mask))
+            weights = cast(weights, self.compute_dtype)
+        if return_scores or drops:
+            dropped = self.attention_dropout(weights, training=training)
+            return combine(dropped, heads.value), weights
+        implementation = "flash" if self.flash_attention else self.implementation
+        output = attend(**heads._asdict(), kernel=kernel, visibility=visibility,
+                        implementation=implementation)  # fmt: skip
+        return hide_rows(output, query_mask, (2, 3)), weights
+
+    def make_cache(self, batch_size: int, length: int) -> Cache:
         """An empty `Cache` for `length` positions, in the layer's compute dtype."""
         sizes = (self.num_kv_heads, self.key_dim, self.value_dim)
         return make_cache(batch_size, length, *sizes, dtype=self.compute_dtype)
 
     def compute_output_shape(
-        self, query_shape: Any, value_shape: Any, key_shape: Any = None
-    ) -> tuple:
-        return (*query_shape[:2], *(self._output_shape or (query_shape[-1],)))
+        self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None
+    ) -> Shape:
+        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
+        return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
 
     def compute_output_spec(
         self,
-        query: Any,
-        value: Any,
-        *args: Any,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor | None = None,
+        *args: object,
         return_attention_scores: bool = False,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        shape = self.compute_output_shape(query.shape, value.shape)
-        results: list[Any] = [keras.KerasTensor(shape, dtype=self.compute_dtype)]
+        cache: Cache | None = None,
+        **kwargs: object,
+    ) -> keras.KerasTensor | tuple[keras.KerasTensor, ...]:
+        shape = self.compute_output_shape(
+            query.shape, value.shape, None if key is None else key.shape
+        )
+        results = [keras.KerasTensor(shape, dtype=self.compute_dtype)]
         if return_attention_scores:
-            key_length = value.shape[1] if cache is None else cache[0].shape[1]
-            shape = (query.shape[0], self.num_heads, query.shape[1], key_length)
+            axes = AttentionAxes(len(query.shape), self.attention_axes)
+            batch, times = axes.pick(query.shape)
+            keys = axes.pick(value.shape)[1] if cache is None else (cache[0].shape[1],)
+            shape = (*batch, self.num_heads, *times, *keys)
             results.append(keras.KerasTensor(shape, dtype=self.compute_dtype))
         if cache is not None:
             results.append(Cache(*(keras.KerasTensor(x.shape, dtype=x.dtype) for x in cache)))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
@@ -306,15 +467,30 @@ class MultiHeadAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,
+            "attention_axes": self.attention_axes,
             "sliding_window": self.sliding_window,
+            "flash_attention": self.flash_attention,
+            "use_gate": self.use_gate,
             "rotary": self.rotary and serialize_options(self.rotary),
             "qk_norm": self.qk_norm,
+            "implementation": self.implementation,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "activity_regularizer": keras.regularizers.serialize(self.projection_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
+
+
+def _visible(weights: Tensor, visibility: Visibility, query_mask: Tensor | None) -> Tensor:
+    """The keys that each query sees, in the shape of the weights; a query at padding sees none."""
+    visible = ops.ones(ops.shape(weights), "bool")
+    if visibility.dense_mask is not None:
+        visible = ops.logical_and(visible, visibility.dense_mask)
+    if query_mask is not None:
+        visible = ops.logical_and(visible, ops.expand_dims(query_mask, (1, 3)))
+    return visible

@@ -1,15 +1,11 @@
 """The feed-forward half of a transformer block."""
 
-from typing import Any
-
 import keras
 
-from keras_ssattn.layers._config import (
-    NoWeights,
-    check_positive,
-    freeze_sublayers,
-    serialize_policy,
-)
+from keras_ssattn._checks import check_integer
+from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
+from keras_ssattn._keras.serialization import check_options, serialize_policy
+from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -46,11 +42,12 @@ class FeedForward(keras.layers.Layer):
         self,
         inner_size: int,
         gated: bool = False,
-        activation: Any = None,
+        activation: Identifier = None,
         use_bias: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
-        inner_size = check_positive("inner_size", inner_size)
+        inner_size = check_integer("inner_size", inner_size)
+        check_options(self, kwargs, {})
         super().__init__(**kwargs)
         self.supports_masking = True
         self.inner_size = inner_size
@@ -60,8 +57,10 @@ class FeedForward(keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.use_bias = use_bias
 
-    def build(self, input_shape: Any) -> None:
-        def dense(name: str, size: int, shape: Any, activation: Any = None) -> Any:
+    def build(self, input_shape: Shape) -> None:
+        def dense(
+            name: str, size: int, shape: Shape, activation: Identifier = None
+        ) -> keras.layers.Dense:
             layer = keras.layers.Dense(
                 size,
                 activation=activation,
@@ -82,20 +81,20 @@ class FeedForward(keras.layers.Layer):
         self.down = dense("down", input_shape[-1], inner_shape)
         freeze_sublayers(self)
 
-    def projections(self) -> list[Any]:
+    def projections(self) -> list[Layer]:
         """The `Dense` layers, on which `quantize` and `enable_lora` work."""
         return [*([self.gate] if self.gated else []), self.up, self.down]
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Tensor) -> Tensor:
         x = self.up(inputs)
         if self.gated:
             x = x * self.gate(inputs)
         return self.down(x)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = {
             "inner_size": self.inner_size,
             "gated": self.gated,

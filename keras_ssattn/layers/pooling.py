@@ -1,11 +1,11 @@
 """One vector from a sequence, with regard to its padding."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_mask, widen
+from keras_ssattn._checks import check_mask
+from keras_ssattn._tensors import is_known, widen
+from keras_ssattn._typing import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -17,7 +17,7 @@ class LastTimestep(keras.layers.Layer):
         mask: boolean `[B, T]`, False at padding. Defaults to the mask attached to `inputs`.
 
     Returns:
-        `[B, E]`; zeros for a sequence of nothing but padding.
+        `[B, E]`; zeros for a sequence of no steps, or of nothing but padding.
 
     Example:
 
@@ -28,18 +28,21 @@ class LastTimestep(keras.layers.Layer):
     2.0
     """
 
-    def call(self, inputs: Any, mask: Any = None) -> Any:
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = check_mask("mask", mask, rank=2)
-        if mask is None:
+        if mask is None and is_known(inputs.shape[1]) and inputs.shape[1] > 0:
             return inputs[:, -1]
-        steps = ops.arange(1, ops.shape(inputs)[1] + 1, dtype="int32")
-        last = ops.max(ops.where(mask, steps, 0), axis=1, keepdims=True)  # [B, 1], 0 if none
-        return ops.sum(ops.where((steps == last)[:, :, None], inputs, 0.0), axis=1)
+        if mask is None:  # a length that is unknown until a graph runs may be 0
+            mask = ops.ones(ops.shape(inputs)[:2], "bool")
+        seen = ops.cast(mask, "int32")
+        after = ops.sum(seen, axis=1, keepdims=True) - ops.cumsum(seen, axis=1)  # seen later on
+        is_last = ops.logical_and(mask, after == 0)
+        return ops.sum(ops.where(is_last[:, :, None], inputs, 0.0), axis=1)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:
         return None
 
-    def compute_output_shape(self, input_shape: Any) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], *input_shape[2:])
 
 
@@ -47,8 +50,8 @@ class LastTimestep(keras.layers.Layer):
 class MeanPool(keras.layers.Layer):
     """The mean over time, `[B, T, E]` to `[B, E]`, of the steps that a mask leaves.
 
-    Unlike `keras.layers.GlobalAveragePooling1D` it gives zeros, not NaN, for a sequence of
-    nothing but padding, and sums in float32.
+    Unlike `keras.layers.GlobalAveragePooling1D` it gives zeros, not NaN, for a sequence of no
+    steps or of nothing but padding, and sums in float32.
 
     Call arguments:
         inputs: `[B, T, E]`.
@@ -66,17 +69,19 @@ class MeanPool(keras.layers.Layer):
     1.5
     """
 
-    def call(self, inputs: Any, mask: Any = None) -> Any:
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = check_mask("mask", mask, rank=2)
         x = widen(inputs)
-        if mask is None:
+        if mask is None and is_known(x.shape[1]) and x.shape[1] > 0:
             return ops.cast(ops.mean(x, axis=1), inputs.dtype)
+        if mask is None:  # a length that is unknown until a graph runs may be 0
+            mask = ops.ones(ops.shape(inputs)[:2], "bool")
         count = ops.sum(ops.cast(mask, x.dtype), axis=1, keepdims=True)
         total = ops.sum(ops.where(mask[:, :, None], x, 0.0), axis=1)
         return ops.cast(total / ops.maximum(count, 1.0), inputs.dtype)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:
         return None
 
-    def compute_output_shape(self, input_shape: Any) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], *input_shape[2:])

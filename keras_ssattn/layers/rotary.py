@@ -1,17 +1,18 @@
 """Rotary position embedding as a layer."""
 
 import math
-import numbers
-from typing import Any
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_ssattn.layers._config import serialize_options
+from keras_ssattn._checks import check_number, to_int32
+from keras_ssattn._keras.serialization import Specification
+from keras_ssattn._tensors import dtype_of
+from keras_ssattn._typing import ArrayLike, Config, DType, Identifier, Layer, Shape, Tensor
 from keras_ssattn.ops import rotary_attention_factor, rotary_embedding, rotary_frequencies
-from keras_ssattn.ops._arguments import dtype_of, to_tensor
-from keras_ssattn.ops.rotary import check_scaling, check_theta
+from keras_ssattn.ops.rotary import Rotation, check_scaling, check_theta
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -68,23 +69,16 @@ class RotaryEmbedding(keras.layers.Layer):
         self,
         theta: float = 10000.0,
         fraction: float = 1.0,
-        scaling: dict[str, Any] | None = None,
-        **kwargs: Any,
+        scaling: Config | None = None,
+        **kwargs: object,
     ) -> None:
-        if (
-            isinstance(fraction, bool)
-            or not isinstance(fraction, numbers.Real)
-            or not 0 < float(fraction) <= 1
-        ):
-            raise ValueError(
-                f"`fraction` must be a number in (0, 1]. Received: fraction={fraction!r}"
-            )
+        fraction = check_number("fraction", fraction, "a number in (0, 1]", lambda x: 0 < x <= 1)
         theta, scaling = check_theta(theta), check_scaling(scaling)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.theta = theta
-        self.fraction: float = float(fraction)
-        self.scaling: dict[str, Any] | None = scaling
+        self.fraction = fraction
+        self.scaling = scaling
 
     @property
     def theta(self) -> float:
@@ -95,14 +89,31 @@ class RotaryEmbedding(keras.layers.Layer):
     def theta(self, value: float) -> None:
         self._theta = check_theta(value)
 
-    def call(self, x: Any, positions: Any = None, offset: Any = 0) -> Any:
-        frequencies = rotary_frequencies(self._rotary_size(x.shape), self.theta, self.scaling)
+    def call(
+        self, x: Tensor, positions: ArrayLike | None = None, offset: int | ArrayLike = 0
+    ) -> Tensor:
+        frequencies = self._frequencies(x.shape)
         factor = rotary_attention_factor(self.scaling)
         if positions is None:
             positions = _positions(offset, x)
         return rotary_embedding(x, positions, frequencies, factor)
 
-    def _rotary_size(self, shape: Any) -> int:
+    def rotation(self, positions: Tensor, size: int, dtype: DType = "float32") -> Rotation:
+        """What turns queries and keys at some positions, for several layers.
+
+        Args:
+            positions: int32 `[B|1, T]`.
+            size: D, features of a head.
+            dtype: `"float32"`, or `"float64"` for heads of that dtype.
+        """
+        factor = rotary_attention_factor(self.scaling)
+        frequencies = self._frequencies((None, None, None, size))
+        return Rotation.of(positions, frequencies, size, factor, dtype)
+
+    def _frequencies(self, shape: Shape) -> np.ndarray:
+        return rotary_frequencies(self._rotary_size(shape), self.theta, self.scaling)
+
+    def _rotary_size(self, shape: Shape) -> int:
         if len(shape) != 4:
             raise ValueError(
                 "`x` must have shape [batch, time, heads, features]. Received: x with shape "
@@ -117,12 +128,15 @@ class RotaryEmbedding(keras.layers.Layer):
         return size
 
     def compute_output_shape(
-        self, x_shape: Any, positions_shape: Any = None, offset_shape: Any = None
-    ) -> tuple:
+        self,
+        x_shape: Shape,
+        positions_shape: Shape | None = None,
+        offset_shape: Shape | None = None,
+    ) -> Shape:
         self._rotary_size(x_shape)
         return tuple(x_shape)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "theta": self.theta,
@@ -131,37 +145,47 @@ class RotaryEmbedding(keras.layers.Layer):
         }
 
 
-def _positions(offset: Any, x: Any) -> Any:
+def _positions(offset: int | ArrayLike, x: Tensor) -> Tensor:
     """Positions `[1 or B, T]` from that of the first step, `[]` or `[B]`."""
-    offset = to_tensor(offset)
-    if "int" not in dtype_of(offset):
-        raise TypeError(f"`offset` must be an integer. Received: offset with dtype {offset.dtype}")
+    offset = to_int32("offset", offset, "an integer")
     if len(offset.shape) > 1:
         raise ValueError(
             "`offset` must be an integer or have shape [B]. Received: offset with shape "
             f"{tuple(offset.shape)}"
         )
     steps = ops.arange(ops.shape(x)[1], dtype="int32")
-    return ops.reshape(ops.cast(offset, "int32"), (-1, 1)) + steps
+    return ops.reshape(offset, (-1, 1)) + steps
 
 
-def rotate(rotary: Any, offset: Any, *inputs: Any) -> Any:
-    """Each of the inputs, `[B, T, heads, D]`, turned; as they are where there is no rotary layer.
+def turn(rotation: Rotation, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys `[B, T, heads, D]` of the same positions, turned.
 
-    Those of one length are turned in one call, which on PyTorch costs as much as for one of them,
-    and without what Keras does around the call of a layer: this one has no weights.
+    In one call, which on PyTorch costs as much as for one of them.
     """
-    if rotary is None:
-        return inputs
-    turn = rotary.call
-    lengths = {x.shape[1] for x in inputs}
-    if len(inputs) == 1 or len(lengths) > 1 or None in lengths:
-        return tuple(turn(x, offset=offset) for x in inputs)
-    ends = np.cumsum([x.shape[2] for x in inputs])[:-1].tolist()
-    return tuple(ops.split(turn(ops.concatenate(inputs, axis=2), offset=offset), ends, axis=2))
+    if dtype_of(query) != dtype_of(key):
+        return rotation.turn(query), rotation.turn(key)
+    heads = query.shape[2]
+    both = rotation.turn(ops.concatenate([query, key], axis=2))
+    return both[:, :, :heads], both[:, :, heads:]
 
 
-def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | None:
+def specify(rotary: Identifier) -> Specification | None:
+    """The specification of a `RotaryEmbedding`, given itself or its config; `None` for none."""
+    if isinstance(rotary, dict):
+        rotary = keras.saving.deserialize_keras_object(rotary)
+    if rotary is None or isinstance(rotary, Specification):
+        return rotary
+    if not isinstance(rotary, RotaryEmbedding):
+        raise ValueError(
+            "`rotary` must be a `RotaryEmbedding` layer, its config, or None. Received: "
+            f"rotary={rotary!r}"
+        )
+    specification = Specification.of(rotary)
+    specification.options["name"] = "rotary"
+    return specification
+
+
+def serialize_rotary(specification: Specification | None, layers: Sequence[Layer]) -> Config | None:
     """The config of the rotary layer given, with what was set since on those made of it."""
     if specification is None:
         return None
@@ -171,23 +195,8 @@ def serialize_rotary(specification: Any, layers: list[Any]) -> dict[str, Any] | 
             "`theta` and `scaling` must be the same in every block, to be saved in one config. "
             f"Received: {settings}"
         )
-    config = serialize_options(specification)
+    config = specification.serialize()
     if settings:
         theta, scaling = settings[0]
         config["config"] |= {"theta": theta, "scaling": check_scaling(scaling)}
     return config
-
-
-def get_rotary(rotary: Any, dtype: Any = None) -> RotaryEmbedding | None:
-    """An unshared copy of a `RotaryEmbedding`, given itself or its config; `None` for none."""
-    if isinstance(rotary, dict):
-        rotary = keras.saving.deserialize_keras_object(rotary)
-    if rotary is None:
-        return None
-    if not isinstance(rotary, RotaryEmbedding):
-        raise ValueError(
-            "`rotary` must be a `RotaryEmbedding` layer, its config, or None. Received: "
-            f"rotary={rotary!r}"
-        )
-    config = {**rotary.get_config(), "name": "rotary"}
-    return type(rotary).from_config(config if dtype is None else {**config, "dtype": dtype})

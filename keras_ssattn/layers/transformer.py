@@ -1,26 +1,39 @@
 """A transformer block around attention with a choice of normalizer."""
 
-from typing import Any
+import math
+from collections.abc import Callable
 
 import keras
 
-from keras_ssattn.layers import normalizers
-from keras_ssattn.layers._config import (
-    NoWeights,
+from keras_ssattn._checks import (
     check_choice,
-    check_expansion,
-    check_groups,
-    check_positive,
+    check_heads,
+    check_integer,
+    check_number,
     check_rate,
-    freeze_sublayers,
-    serialize_options,
-    serialize_policy,
 )
-from keras_ssattn.layers._norms import NORMS, make_norm
-from keras_ssattn.layers.attention import MultiHeadAttention
+from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
+from keras_ssattn._keras.observing import observer
+from keras_ssattn._keras.serialization import Specification, check_options, serialize_policy
+from keras_ssattn._typing import (
+    ArrayLike,
+    Config,
+    FeedForwardType,
+    Identifier,
+    Implementation,
+    Layer,
+    NormName,
+    NormPosition,
+    Shape,
+    Tensor,
+)
+from keras_ssattn.layers import normalizers
+from keras_ssattn.layers.attention import IMPLEMENTATIONS, MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
-from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
-from keras_ssattn.ops import Cache
+from keras_ssattn.layers.norms import NORMS, make_norm
+from keras_ssattn.layers.rotary import serialize_rotary, specify
+from keras_ssattn.ops import Cache, Visibility
+from keras_ssattn.ops.rotary import Rotation
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -40,7 +53,7 @@ class TransformerBlock(keras.layers.Layer):
         cross_attention: whether the block also attends to a `context`.
         sliding_window: of self-attention, as in `MultiHeadAttention`.
         rotary: of self-attention, as in `MultiHeadAttention`.
-        qk_norm: as in `MultiHeadAttention`.
+        qk_norm, use_gate, implementation: of all attention, as in `MultiHeadAttention`.
         ffn_type: `"standard"` or `"gated"`.
         ffn_expansion: size of the feed-forward network's inner layer as a multiple of the
             inputs'. Defaults to 4; gated, to 8/3 rounded up to a multiple of 8.
@@ -62,6 +75,8 @@ class TransformerBlock(keras.layers.Layer):
         segment_ids: of self-attention, as in `MultiHeadAttention`.
         cache: of self-attention, from `make_cache`, in a causal block; see `MultiHeadAttention`.
         cache_index: position of the first step, as in `MultiHeadAttention`.
+        visibility, rotation: of self-attention, as in `MultiHeadAttention`; they take the place
+            of `attention_mask`, `segment_ids` and `cache_index`.
 
     Returns:
         `[B, T, E]`, with the mask of `inputs`; with a `cache`, a pair of it and the new cache.
@@ -82,48 +97,55 @@ class TransformerBlock(keras.layers.Layer):
     the position of the normalization.
     """
 
+    hints = {"use_causal_mask": "Did you mean 'causal'?"}
+
     def __init__(
         self,
         num_heads: int,
         key_dim: int | None = None,
         num_kv_heads: int | None = None,
-        normalizer: Any = "ssmax",
+        normalizer: Identifier = "ssmax",
         *,
         causal: bool = False,
         cross_attention: bool = False,
         sliding_window: int | None = None,
-        rotary: Any = None,
+        rotary: Identifier = None,
         qk_norm: bool = False,
-        ffn_type: str = "standard",
+        use_gate: bool = False,
+        ffn_type: FeedForwardType = "standard",
         ffn_expansion: float | None = None,
-        activation: Any = None,
-        norm: str = "layer_norm",
-        norm_position: str = "pre",
+        activation: Identifier = None,
+        norm: NormName = "layer_norm",
+        norm_position: NormPosition = "pre",
         dropout: float = 0.0,
         use_bias: bool = True,
-        **kwargs: Any,
+        implementation: Implementation = "auto",
+        **kwargs: object,
     ) -> None:
-        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
-        key_dim = check_positive("key_dim", key_dim, optional=True)
-        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
+        num_heads, num_kv_heads = check_heads(num_heads, num_kv_heads)
+        key_dim = check_integer("key_dim", key_dim, optional=True)
+        sliding_window = check_integer("sliding_window", sliding_window, optional=True)
+        check_options(self, kwargs, self.hints)
         check_choice("ffn_type", ffn_type, ("standard", "gated"))
         check_choice("norm", norm, tuple(NORMS))
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_rate("dropout", dropout)
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
         ffn_expansion = check_expansion(ffn_expansion)
-        normalizer = normalizers.get_for_attention(normalizer)
+        normalizer, rotary = normalizers.get_for_attention(normalizer), specify(rotary)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.num_kv_heads = num_kv_heads
-        self._normalizer = lambda: normalizer  # a specification, no layer of this one
+        self._normalizer: Specification = normalizer
         self.causal = causal
         self.cross_attention = cross_attention
         self.sliding_window = sliding_window
-        rotary = get_rotary(rotary)
-        self._rotary = lambda: rotary
+        self._rotary: Specification | None = rotary
         self.qk_norm = qk_norm
+        self.use_gate = bool(use_gate)
+        self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = ffn_expansion
         self.activation = None if activation is None else keras.activations.get(activation)
@@ -132,7 +154,7 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout = dropout
         self.use_bias = use_bias
 
-    def build(self, inputs_shape: Any, context_shape: Any = None) -> None:
+    def build(self, inputs_shape: Shape, context_shape: Shape | None = None) -> None:
         size = inputs_shape[-1]
         if self.key_dim is None and size % self.num_heads:
             raise ValueError(
@@ -145,7 +167,7 @@ class TransformerBlock(keras.layers.Layer):
                 "`context` goes with `cross_attention=True`. Received: "
                 f"cross_attention={self.cross_attention}, context with shape {context_shape}"
             )
-        self.attention = self._attention("attention", size, self.sliding_window, self._rotary())
+        self.attention = self._attention("attention", size, self.sliding_window, self._rotary)
         self.attention.build(inputs_shape, inputs_shape)
         self.attention_norm = self._norm("attention_norm", inputs_shape)
         self.attention_dropout = self._dropout("attention_dropout")
@@ -170,25 +192,31 @@ class TransformerBlock(keras.layers.Layer):
         freeze_sublayers(self)
 
     def _attention(
-        self, name: str, size: int, sliding_window: int | None = None, rotary: Any = None
-    ) -> Any:
+        self,
+        name: str,
+        size: int,
+        sliding_window: int | None = None,
+        rotary: Specification | None = None,
+    ) -> MultiHeadAttention:
         return MultiHeadAttention(
             self.num_heads,
             self.key_dim or size // self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            normalizer=self._normalizer(),
+            normalizer=self._normalizer,
             use_bias=self.use_bias,
             sliding_window=sliding_window,
             rotary=rotary,
             qk_norm=self.qk_norm,
+            use_gate=self.use_gate,
+            implementation=self.implementation,
             dtype=self.dtype_policy,
             name=name,
         )
 
-    def _norm(self, name: str, shape: Any) -> Any:
+    def _norm(self, name: str, shape: Shape) -> Layer:
         return make_norm(self.norm, shape, dtype=self.dtype_policy, name=name)
 
-    def _dropout(self, name: str) -> Any:
+    def _dropout(self, name: str) -> Layer:
         return keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name=name)
 
     def _inner_size(self, size: int) -> int:
@@ -202,7 +230,7 @@ class TransformerBlock(keras.layers.Layer):
             )
         return inner_size
 
-    def projections(self) -> list[Any]:
+    def projections(self) -> list[Layer]:
         """The dense layers inside, on which `quantize` and `enable_lora` work."""
         parts = [self.attention, self.feed_forward]
         if self.cross_attention:
@@ -211,21 +239,23 @@ class TransformerBlock(keras.layers.Layer):
 
     def call(
         self,
-        inputs: Any,
-        context: Any = None,
-        mask: Any = None,
-        inputs_mask: Any = None,
-        context_mask: Any = None,
-        attention_mask: Any = None,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        mask: ArrayLike | None = None,
+        inputs_mask: ArrayLike | None = None,
+        context_mask: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
         training: bool | None = None,
-        segment_ids: Any = None,
-        cache: Any = None,
-        cache_index: Any = 0,
-    ) -> Any:
+        segment_ids: ArrayLike | None = None,
+        cache: Cache | None = None,
+        cache_index: int | ArrayLike = 0,
+        visibility: Visibility | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         mask = inputs_mask if mask is None else mask
         caches = []
 
-        def attend(x: Any) -> Any:
+        def attend(x: Tensor) -> Tensor:
             result = self.attention(
                 x,
                 x,
@@ -235,60 +265,74 @@ class TransformerBlock(keras.layers.Layer):
                 use_causal_mask=self.causal,
                 training=training,
                 segment_ids=segment_ids,
-                **({} if cache is None else {"cache": cache, "cache_index": cache_index}),
+                cache=cache,
+                cache_index=cache_index,
+                visibility=visibility,
+                rotation=rotation,
             )
             if cache is None:
                 return result
             caches.append(result[1])
             return result[0]
 
+        def attend_to_context(x: Tensor) -> Tensor:
+            return self.context_attention(
+                x, context, query_mask=mask, value_mask=context_mask, training=training
+            )
+
         x = self._residual(inputs, self.attention_norm, self.attention_dropout, attend, training)
         if self.cross_attention:
-            x = self._residual(
-                x,
-                self.context_attention_norm,
-                self.context_attention_dropout,
-                lambda x: self.context_attention(
-                    x, context, query_mask=mask, value_mask=context_mask, training=training
-                ),
-                training,
-            )
-        x = self._residual(
-            x, self.feed_forward_norm, self.feed_forward_dropout, self.feed_forward, training
-        )
+            norm, dropout = self.context_attention_norm, self.context_attention_dropout
+            x = self._residual(x, norm, dropout, attend_to_context, training)
+        norm, dropout = self.feed_forward_norm, self.feed_forward_dropout
+        x = self._residual(x, norm, dropout, self.feed_forward, training)
+        watching = observer()
+        if watching is not None:
+            watching.transformed(self, x, mask)
         return (x, *caches) if caches else x
 
-    def make_cache(self, batch_size: int, length: int) -> Any:
+    def make_cache(self, batch_size: int, length: int) -> Cache:
         """An empty `Cache` for `length` positions; the block must be built."""
         return self.attention.make_cache(batch_size, length)
 
-    def _residual(self, x: Any, norm: Any, dropout: Any, part: Any, training: Any) -> Any:
+    def _residual(
+        self,
+        x: Tensor,
+        norm: Layer,
+        dropout: Layer,
+        part: Callable[[Tensor], Tensor],
+        training: bool | None,
+    ) -> Tensor:
         y = part(norm(x) if self.norm_position == "pre" else x)
         y = x + (dropout(y, training=training) if self.dropout > 0 else y)
         return y if self.norm_position == "pre" else norm(y)
 
-    def compute_output_shape(self, inputs_shape: Any, context_shape: Any = None) -> Any:
+    def compute_output_shape(
+        self, inputs_shape: Shape, context_shape: Shape | None = None
+    ) -> Shape:
         return inputs_shape
 
-    def compute_output_spec(self, inputs: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+    def compute_output_spec(
+        self, inputs: Tensor, *args: object, cache: Cache | None = None, **kwargs: object
+    ) -> keras.KerasTensor | tuple[keras.KerasTensor, Cache]:
         output = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if cache is None:
             return output
         return output, Cache(*(keras.KerasTensor(x.shape, dtype=x.dtype) for x in cache))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "num_kv_heads": self.num_kv_heads,
-            "normalizer": serialize_options(self._normalizer()),
+            "normalizer": self._normalizer.serialize(),
             "causal": self.causal,
             "cross_attention": self.cross_attention,
             "sliding_window": self.sliding_window,
-            "rotary": serialize_rotary(
-                self._rotary(), [self.attention.rotary] if self.built else []
-            ),
+            "rotary": serialize_rotary(self._rotary, [self.attention.rotary] if self.built else []),
             "qk_norm": self.qk_norm,
+            "use_gate": self.use_gate,
+            "implementation": self.implementation,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,
             "activation": self.activation and keras.activations.serialize(self.activation),
@@ -298,3 +342,12 @@ class TransformerBlock(keras.layers.Layer):
             "use_bias": self.use_bias,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
+
+
+def check_expansion(value: float | None) -> float | None:
+    """Returns `ffn_expansion`, a positive number, as a `float`, or `None`, or raises."""
+    if value is None:
+        return None
+    return check_number(
+        "ffn_expansion", value, "a positive number or None", lambda x: 0 < x < math.inf
+    )

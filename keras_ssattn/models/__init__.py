@@ -1,7 +1,7 @@
 """Whole models."""
 
+from keras_ssattn.conversion.convert import convert_attention
 from keras_ssattn.models.causal_lm import CausalLM
-from keras_ssattn.models.convert import convert_attention
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.sequence import SequenceModel, build, output_size
 

@@ -1,29 +1,44 @@
 """A decoder-only language model."""
 
+import dataclasses
 import numbers
-from typing import Any
+from collections.abc import Mapping, MutableMapping
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
-from keras_ssattn.layers._config import (
+from keras_ssattn._checks import (
     check_choice,
-    check_expansion,
-    check_groups,
+    check_divides,
     check_heads,
-    check_positive,
+    check_integer,
+    check_mask,
     check_rate,
-    freeze_sublayers,
-    serialize_options,
-    serialize_policy,
 )
-from keras_ssattn.layers.rotary import get_rotary, serialize_rotary
-from keras_ssattn.models.compiled import CompiledFunctions
-from keras_ssattn.models.configurations import CONFIGURATIONS
+from keras_ssattn._keras.compiling import CompiledFunctions
+from keras_ssattn._keras.loading import freeze_sublayers
+from keras_ssattn._keras.serialization import Specification, check_options, serialize_policy
+from keras_ssattn._typing import (
+    ArrayLike,
+    Config,
+    FeedForwardType,
+    Identifier,
+    Implementation,
+    Layer,
+    NormName,
+    Shape,
+    Tensor,
+)
+from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
+from keras_ssattn.layers.masks import CallMasks, see, see_cache
+from keras_ssattn.layers.rotary import serialize_rotary, specify
+from keras_ssattn.layers.transformer import check_expansion
 from keras_ssattn.models.generation import generate
+from keras_ssattn.models.presets import CONFIGURATIONS
 from keras_ssattn.models.token_head import TokenHead
+from keras_ssattn.ops import Cache, Visibility
+from keras_ssattn.ops.rotary import Rotation
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -47,6 +62,7 @@ class CausalLM(keras.Model):
         rotary: `"default"`, a `RotaryEmbedding` layer (`RotaryEmbedding(fraction=0.5)` rotates
             half of the features), its config, or `None` for no positions.
         sliding_window, qk_norm: as in `MultiHeadAttention`.
+        use_gate, implementation: likewise.
         ffn_type, ffn_expansion, norm, use_bias, dropout: as in `TransformerBlock`.
         tie_embeddings: whether the head is the transposed token embedding.
         padding_id: the token that is padding, `None` for none.
@@ -77,6 +93,8 @@ class CausalLM(keras.Model):
     [5, 5]
     """
 
+    hints = {"causal": "The model is always causal"}
+
     def __init__(
         self,
         vocabulary_size: int,
@@ -84,37 +102,32 @@ class CausalLM(keras.Model):
         num_layers: int = 4,
         num_heads: int = 4,
         num_kv_heads: int | None = None,
-        normalizer: Any = "ssmax",
+        normalizer: Identifier = "ssmax",
         *,
-        rotary: Any = "default",
+        rotary: Identifier = "default",
         sliding_window: int | None = None,
         qk_norm: bool = False,
-        ffn_type: str = "gated",
+        use_gate: bool = False,
+        ffn_type: FeedForwardType = "gated",
         ffn_expansion: float | None = None,
-        norm: str = "rms_norm",
+        norm: NormName = "rms_norm",
         use_bias: bool = False,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
         padding_id: int | None = None,
         remat: bool = False,
-        **kwargs: Any,
+        implementation: Implementation = "auto",
+        **kwargs: object,
     ) -> None:
-        vocabulary_size = check_positive("vocabulary_size", vocabulary_size)
-        hidden_size = check_positive("hidden_size", hidden_size)
-        num_layers = check_positive("num_layers", num_layers)
-        sliding_window = check_positive("sliding_window", sliding_window, optional=True)
-        num_heads, num_kv_heads = check_groups(num_heads, num_kv_heads)
+        vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
+        hidden_size = check_integer("hidden_size", hidden_size)
+        num_layers = check_integer("num_layers", num_layers)
+        sliding_window = check_integer("sliding_window", sliding_window, optional=True)
+        num_heads, num_kv_heads = check_heads(num_heads, num_kv_heads)
         check_rate("dropout", dropout)
-        check_heads(hidden_size, num_heads)
-        if padding_id is not None and (
-            isinstance(padding_id, bool)
-            or not isinstance(padding_id, numbers.Integral)
-            or not 0 <= padding_id < vocabulary_size
-        ):
-            raise ValueError(
-                "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
-                f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
-            )
+        check_divides("num_heads", num_heads, "hidden_size", hidden_size)
+        check_options(self, kwargs, self.hints)
+        padding_id = _check_padding(padding_id, vocabulary_size)
         if remat and dropout > 0:
             raise ValueError(
                 "`remat` would draw dropout anew in the backward pass. Received: "
@@ -128,25 +141,26 @@ class CausalLM(keras.Model):
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        normalizer = normalizers.get_for_attention(normalizer)
-        self._normalizer = lambda: normalizer  # a specification, no layer of this model
-        rotary = get_rotary(RotaryEmbedding() if rotary == "default" else rotary)
-        self._rotary = lambda: rotary
+        self._normalizer: Specification = normalizers.get_for_attention(normalizer)
+        is_default = isinstance(rotary, str) and rotary == "default"
+        self._rotary = specify(RotaryEmbedding() if is_default else rotary)
         self.sliding_window = sliding_window
         self.qk_norm = bool(qk_norm)
+        self.use_gate = bool(use_gate)
+        self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = check_expansion(ffn_expansion)
         self.norm = norm
         self.use_bias = bool(use_bias)
         self.dropout = float(dropout)
         self.tie_embeddings = bool(tie_embeddings)
-        self.padding_id = None if padding_id is None else int(padding_id)
+        self.padding_id = padding_id
         self.remat = bool(remat)
         self.generators = CompiledFunctions()
         self.build((None, None))
 
     @classmethod
-    def from_name(cls, name: str, **options: Any) -> "CausalLM":
+    def from_name(cls, name: str, **options: object) -> "CausalLM":
         """A new model of a named size, untrained.
 
         Args:
@@ -157,10 +171,10 @@ class CausalLM(keras.Model):
         Raises:
             ValueError: for another name.
         """
-        check_choice("name", name, tuple(CONFIGURATIONS))
+        check_choice("name", name, CONFIGURATIONS)
         return cls(**{**CONFIGURATIONS[name], **options})
 
-    def build(self, tokens_shape: Any) -> None:
+    def build(self, tokens_shape: Shape) -> None:
         if hasattr(self, "blocks"):  # the constructor has built it
             return
         options = {"dtype": self.dtype_policy}
@@ -173,11 +187,13 @@ class CausalLM(keras.Model):
             block = TransformerBlock(
                 self.num_heads,
                 num_kv_heads=self.num_kv_heads,
-                normalizer=self._normalizer(),
+                normalizer=self._normalizer,
                 causal=True,
                 sliding_window=self.sliding_window,
-                rotary=self._rotary(),
+                rotary=self._rotary,
                 qk_norm=self.qk_norm,
+                use_gate=self.use_gate,
+                implementation=self.implementation,
                 ffn_type=self.ffn_type,
                 ffn_expansion=self.ffn_expansion,
                 norm=self.norm,
@@ -195,39 +211,68 @@ class CausalLM(keras.Model):
         freeze_sublayers(self)
 
     def call(
-        self, tokens: Any, mask: Any = None, segment_ids: Any = None, training: bool | None = None
-    ) -> Any:
+        self,
+        tokens: Tensor,
+        mask: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
         mask = self.compute_mask(tokens, mask)
         x = self.token_embedding(tokens)
-        for block in self.blocks:
+        seen, mask = see((x, x, x), CallMasks(mask, mask), True, segment_ids)
+        seen = seen.within(self.sliding_window)
+        for block, rotation in zip(self.blocks, self._rotations(seen), strict=True):
 
-            def apply(x: Any, block: Any = block) -> Any:
-                return block(x, mask=mask, segment_ids=segment_ids, training=training)
+            def apply(x: Tensor, block: Layer = block, rotation: Rotation = rotation) -> Tensor:
+                # what a rematerialized block computes must not be kept for the next
+                visibility = dataclasses.replace(seen) if self.remat else seen
+                return block(
+                    x, mask=mask, visibility=visibility, rotation=rotation, training=training
+                )
 
             x = keras.remat(apply)(x) if self.remat and training else apply(x)
         return self._logits(x)
 
-    def _logits(self, x: Any) -> Any:
+    def _rotations(self, seen: Visibility) -> list[Rotation | None]:
+        """The rotation of each block; those of the same settings share one."""
+        made: dict[tuple, Rotation] = {}
+        rotations: list[Rotation | None] = []
+        for block in self.blocks:
+            rotary = block.attention.rotary
+            if rotary is None:
+                rotations.append(None)
+                continue
+            settings = (rotary.theta, str(rotary.scaling))
+            if settings not in made:
+                made[settings] = block.attention.rotation(seen, self.compute_dtype)
+            rotations.append(made[settings])
+        return rotations
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self.head(x, self._embeddings()) if self.tie_embeddings else self.head(x)
 
-    def _embeddings(self) -> Any:
+    def _embeddings(self) -> Tensor:
         """The embedding of every token, `[V, E]`."""
         if self.token_embedding.quantization_mode is None:
             return self.token_embedding.embeddings
-        return self.token_embedding(ops.arange(self.vocabulary_size))
+        return self.token_embedding(ops.arange(0, self.vocabulary_size))
 
-    def compute_mask(self, tokens: Any, previous_mask: Any = None) -> Any:
+    def compute_mask(self, tokens: Tensor, previous_mask: Tensor | None = None) -> Tensor | None:
         if previous_mask is not None or self.padding_id is None:
             return previous_mask
         return ops.not_equal(tokens, self.padding_id)
 
-    def make_cache(self, batch_size: int, length: int) -> tuple:
+    def make_cache(self, batch_size: int, length: int) -> tuple[Cache, ...]:
         """An empty `Cache` for each block, of `length` positions."""
         return tuple(block.make_cache(batch_size, length) for block in self.blocks)
 
     def next_logits(
-        self, tokens: Any, cache: tuple, cache_index: Any = 0, mask: Any = None
-    ) -> tuple[Any, tuple]:
+        self,
+        tokens: Tensor,
+        cache: tuple[Cache, ...],
+        cache_index: int | ArrayLike = 0,
+        mask: ArrayLike | None = None,
+    ) -> tuple[Tensor, tuple[Cache, ...]]:
         """Logits `[B, V]` after the last of T tokens, and the new cache.
 
         Args:
@@ -236,22 +281,29 @@ class CausalLM(keras.Model):
             cache_index: position of the first of them, as in `MultiHeadAttention`.
             mask: boolean `[B, T]`, False at padding, besides that of `padding_id`.
         """
+        mask = check_mask("mask", mask, rank=2)
         if self.padding_id is not None:
             seen = ops.not_equal(tokens, self.padding_id)
             mask = seen if mask is None else ops.logical_and(mask, seen)
         x = self.token_embedding(tokens)
+        visibility = see_cache(Cache(*cache[0]), cache_index, x, mask).within(self.sliding_window)
+        rotations = self._rotations(visibility)
         caches = []
-        for block, old in zip(self.blocks, cache, strict=True):
-            x, new = block(x, mask=mask, cache=old, cache_index=cache_index, training=False)
+        for block, old, rotation in zip(self.blocks, cache, rotations, strict=True):
+            x, new = block(
+                x, mask=mask, cache=old, visibility=visibility, rotation=rotation, training=False
+            )
             caches.append(new)
         return self._logits(x[:, -1:])[:, 0], tuple(caches)
 
     def rotary_state(self) -> tuple:
-        """What may be set on the rotary layers at any time, and a compiled function keeps."""
+        """Rotary settings that a compiled function bakes in."""
         rotaries = [block.attention.rotary for block in self.blocks]
         return tuple((x.theta, str(x.scaling)) for x in rotaries if x is not None)
 
-    def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> list[Any]:
+    def generate(
+        self, prompts: ArrayLike, max_new_tokens: int, **options: object
+    ) -> list[np.ndarray]:
         """New tokens for each prompt; see `keras_ssattn.models.generate`.
 
         Args:
@@ -264,15 +316,15 @@ class CausalLM(keras.Model):
         """
         return generate(self, prompts, max_new_tokens, **options)
 
-    def projections(self) -> list[Any]:
+    def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""
         inner = [projection for block in self.blocks for projection in block.projections()]
         return [self.token_embedding, *inner, *self.head.projections()]
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: MutableMapping[str, Tensor]) -> None:
         store["num_layers"] = np.array([self.num_layers])
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
         # Keras passes over the weights of blocks that this model does not have
         saved = [int(x) for name in store.keys() for x in np.asarray(store[name])]  # noqa: SIM118
         if saved != [self.num_layers]:
@@ -281,19 +333,21 @@ class CausalLM(keras.Model):
                 f"num_layers={saved[0] if saved else None}"
             )
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = {
             "vocabulary_size": self.vocabulary_size,
             "hidden_size": self.hidden_size,
             "num_layers": self.num_layers,
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
-            "normalizer": serialize_options(self._normalizer()),
+            "normalizer": self._normalizer.serialize(),
             "rotary": serialize_rotary(
-                self._rotary(), [block.attention.rotary for block in self.blocks]
+                self._rotary, [block.attention.rotary for block in self.blocks]
             ),
             "sliding_window": self.sliding_window,
             "qk_norm": self.qk_norm,
+            "use_gate": self.use_gate,
+            "implementation": self.implementation,
             "ffn_type": self.ffn_type,
             "ffn_expansion": self.ffn_expansion,
             "norm": self.norm,
@@ -304,3 +358,19 @@ class CausalLM(keras.Model):
             "remat": self.remat,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
+
+
+def _check_padding(padding_id: int | None, vocabulary_size: int) -> int | None:
+    """Returns `padding_id`, a token or `None`, or raises."""
+    if padding_id is None:
+        return None
+    if (
+        isinstance(padding_id, bool)
+        or not isinstance(padding_id, numbers.Integral)
+        or not 0 <= padding_id < vocabulary_size
+    ):
+        raise ValueError(
+            "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
+            f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
+        )
+    return int(padding_id)

@@ -1,22 +1,24 @@
 """Text from a causal language model: prefill, then a compiled loop of one token at a time."""
 
-import numbers
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from keras import ops
 
-from keras_ssattn.layers._config import check_positive
-from keras_ssattn.models.state import sync_state
+from keras_ssattn._checks import check_integer, check_number
+from keras_ssattn._keras.state import sync_state
+from keras_ssattn._tensors import cast, dtype_of
+from keras_ssattn._typing import ArrayLike, Layer, Size, Tensor
+from keras_ssattn.ops.stacks import place
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
 
 
 def generate(
-    model: Any,
-    prompts: Any,
+    model: Layer,
+    prompts: ArrayLike,
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -41,7 +43,8 @@ def generate(
         top_p: draw from the fewest likeliest tokens whose probabilities sum to `top_p` or more.
             With `top_k`, of those k, with probabilities among them.
         stop_tokens: tokens that end a row.
-        seed: integer, of the draws. The draws are NumPy's: on every backend the same.
+        seed: integer, of the draws. The draws are NumPy's: on every backend the same. With `None`
+            they follow from `keras.utils.set_random_seed`.
 
     Returns:
         A list of int32 arrays, one for each prompt: its new tokens, up to and with the first
@@ -61,12 +64,9 @@ def generate(
 
     References: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p).
     """
-    check_positive("max_new_tokens", max_new_tokens)
+    check_integer("max_new_tokens", max_new_tokens)
     _check_sampling(temperature, top_k, top_p, model.vocabulary_size)
-    if seed is not None and (
-        isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
-    ):
-        raise ValueError(f"`seed` must be an integer, 0 or more, or None. Received: seed={seed!r}")
+    seed = check_integer("seed", seed, least=0, optional=True)
     sync_state(model)
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
     if model.padding_id is not None:  # what padding itself attends to is nothing
@@ -82,6 +82,8 @@ def generate(
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :] = row
         mask[i, length - len(row) :] = True
+    if seed is None:
+        seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
     draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
     options = (temperature > 0, top_k, top_p is not None, tuple(int(x) for x in stops))
     decode = model.generators.get(
@@ -94,36 +96,36 @@ def generate(
 
 
 def _make_decoder(
-    model: Any, drawn: bool, top_k: int | None, nucleus: bool, stops: tuple[int, ...]
-) -> Any:
+    model: Layer, drawn: bool, top_k: int | None, nucleus: bool, stops: tuple[int, ...]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The function that gives N new tokens `[B, N]`.
 
     Of tokens `[B, T]`, their mask, draws `[N, B]`, and a pair of temperature and `top_p`.
     """
 
-    def ends(token: Any) -> Any:
+    def ends(token: Tensor) -> Tensor:
         found = ops.zeros_like(token, dtype="bool")
         for stop in stops:
             found = ops.logical_or(found, token == stop)
         return found
 
-    def decode(tokens: Any, mask: Any, draws: Any, settings: Any) -> Any:
+    def decode(tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor) -> Tensor:
         batch, length = tokens.shape
         count = draws.shape[0]
 
-        def choose(logits: Any, i: Any) -> Any:
+        def choose(logits: Tensor, i: Size) -> Tensor:
             if not drawn:
                 return ops.cast(ops.argmax(logits, axis=-1), "int32")
             return sample(logits, draws[i], settings[0], top_k, settings[1] if nucleus else None)
 
-        def unfinished(i: Any, _token: Any, done: Any, *_: Any) -> Any:
+        def unfinished(i: Size, _token: Tensor, done: Tensor, *_: Tensor) -> Tensor:
             return ops.logical_and(i < count, ops.logical_not(ops.all(done)))
 
-        def step(i: Any, token: Any, done: Any, new: Any, cache: Any) -> tuple:
+        def step(i: Size, token: Tensor, done: Tensor, new: Tensor, cache: Tensor) -> tuple:
             token = ops.expand_dims(token, 1)
             logits, cache = model.next_logits(token, cache, length + i - 1)
             token = choose(logits, i)
-            new = ops.slice_update(new, (0, i), ops.expand_dims(token, 1))
+            new = ops.slice_update(new, place(0, i), ops.expand_dims(token, 1))
             return i + 1, token, ops.logical_or(done, ends(token)), new, cache
 
         cache = model.make_cache(batch, length + count)
@@ -138,9 +140,16 @@ def _make_decoder(
 
 
 def sample(
-    logits: Any, draw: Any, temperature: Any, top_k: int | None = None, top_p: Any = None
-) -> Any:
+    logits: Tensor,
+    draw: Tensor,
+    temperature: Tensor,
+    top_k: int | None = None,
+    top_p: Tensor | None = None,
+) -> Tensor:
     """Token ids `[B]`, int32, from logits `[B, V]` and draws `[B]` uniform in [0, 1)."""
+    dtype = dtype_of(logits)
+    draw, temperature = cast(draw, dtype), cast(temperature, dtype)
+    top_p = None if top_p is None else cast(top_p, dtype)
     # the largest is then 0 at any temperature, however small
     logits = (logits - ops.max(logits, axis=-1, keepdims=True)) / temperature
     tokens = None
@@ -160,25 +169,18 @@ def sample(
     return ops.cast(ops.take_along_axis(tokens, ops.expand_dims(index, -1), axis=-1)[:, 0], "int32")
 
 
-def _check_sampling(temperature: Any, top_k: Any, top_p: Any, vocabulary_size: int) -> None:
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, numbers.Real)
-        or not 0 <= float(temperature) < float("inf")
-    ):
-        raise ValueError(
-            f"`temperature` must be a number, 0 or more. Received: temperature={temperature!r}"
-        )
-    check_positive("top_k", top_k, optional=True)
+def _check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, vocabulary_size: int
+) -> None:
+    check_number("temperature", temperature, "a number, 0 or more", lambda x: 0 <= x < math.inf)
+    check_integer("top_k", top_k, optional=True)
     if top_k is not None and top_k > vocabulary_size:
         raise ValueError(
             "`top_k` must not be more than the number of tokens. Received: "
             f"top_k={top_k}, vocabulary_size={vocabulary_size}"
         )
-    if top_p is not None and (
-        isinstance(top_p, bool) or not isinstance(top_p, numbers.Real) or not 0 < float(top_p) <= 1
-    ):
-        raise ValueError(f"`top_p` must be a number in (0, 1]. Received: top_p={top_p!r}")
+    if top_p is not None:
+        check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError(
             "`top_k` and `top_p` go with a `temperature` above 0. Received: temperature=0, "
@@ -186,7 +188,7 @@ def _check_sampling(temperature: Any, top_k: Any, top_p: Any, vocabulary_size: i
         )
 
 
-def _check_tokens(name: str, rows: Any, vocabulary_size: int) -> list[np.ndarray]:
+def _check_tokens(name: str, rows: ArrayLike, vocabulary_size: int) -> list[np.ndarray]:
     """The rows as arrays of token ids; of `stop_tokens`, a row may be empty."""
     if hasattr(rows, "to_list"):  # of TensorFlow's ragged tensors, that Keras would pad
         rows = rows.to_list()

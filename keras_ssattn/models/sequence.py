@@ -1,10 +1,11 @@
 """A causal transformer over windows of features, as Edifice's `build` makes it."""
 
 import inspect
-from typing import Any
 
 import keras
 
+from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
+from keras_ssattn._typing import ArrayLike, Identifier, OutputMode, Tensor
 from keras_ssattn.layers import (
     LastTimestep,
     MeanPool,
@@ -12,8 +13,7 @@ from keras_ssattn.layers import (
     TransformerBlock,
     normalizers,
 )
-from keras_ssattn.layers._config import check_choice, check_heads, check_positive, check_rate
-from keras_ssattn.layers._norms import NORM_EPSILON
+from keras_ssattn.layers.norms import NORM_EPSILON
 
 OUTPUT_MODES = ("last_timestep", "all", "mean_pool")
 
@@ -35,7 +35,7 @@ class SequenceModel(keras.Model):
 
     supports_masking = True
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> Tensor | None:
         return previous_mask if len(self.output_shape) == 3 else None
 
 
@@ -46,8 +46,8 @@ def build(
     num_layers: int = 6,
     dropout: float = 0.1,
     window_size: int | None = 60,
-    normalizer: Any = "ssmax",
-    output_mode: str = "last_timestep",
+    normalizer: Identifier = "ssmax",
+    output_mode: OutputMode = "last_timestep",
     *,
     final_norm: bool = True,
     name: str | None = None,
@@ -91,15 +91,15 @@ def build(
 
     Reference: Edifice v0.2.0, `Blocks.SSMax.build`, `Blocks.Softpick.build`.
     """
-    check_positive("embed_dim", embed_dim)
-    check_positive("hidden_size", hidden_size)
-    check_positive("num_heads", num_heads)
-    check_positive("num_layers", num_layers)
-    check_positive("window_size", window_size, optional=True)
+    check_integer("embed_dim", embed_dim)
+    check_integer("hidden_size", hidden_size)
+    check_integer("num_heads", num_heads)
+    check_integer("num_layers", num_layers)
+    check_integer("window_size", window_size, optional=True)
     check_rate("dropout", dropout)
     check_choice("output_mode", output_mode, OUTPUT_MODES)
-    check_heads(hidden_size, num_heads)
-    normalizer = normalizers.get(normalizer)
+    check_divides("num_heads", num_heads, "hidden_size", hidden_size)
+    normalizer = normalizers.get_for_attention(normalizer)
     prefix = normalizers.name_of(normalizer)
     inputs = keras.Input((window_size, embed_dim), name="state_sequence")
     x = inputs
@@ -126,12 +126,12 @@ def build(
 
 
 def build_attention(
-    inputs: Any, normalizer: Any, hidden_size: int, num_heads: int, name: str
-) -> Any:
+    inputs: ArrayLike, normalizer: Identifier, hidden_size: int, num_heads: int, name: str
+) -> Tensor:
     """Applies a new layer of causal self-attention to `[B, T, E]`, giving `[B, T, hidden_size]`."""
-    check_positive("hidden_size", hidden_size)
-    check_positive("num_heads", num_heads)
-    check_heads(hidden_size, num_heads)
+    check_integer("hidden_size", hidden_size)
+    check_integer("num_heads", num_heads)
+    check_divides("num_heads", num_heads, "hidden_size", hidden_size)
     attention = MultiHeadAttention(
         num_heads,
         hidden_size // num_heads,
@@ -142,7 +142,7 @@ def build_attention(
     return attention(inputs, inputs, use_causal_mask=True)
 
 
-def output_size(hidden_size: int = 256, **options: Any) -> int:
+def output_size(hidden_size: int = 256, **options: object) -> int:
     """The size of the last dimension of the output of `build` with the same options.
 
     Raises:
@@ -158,5 +158,5 @@ def output_size(hidden_size: int = 256, **options: Any) -> int:
     unknown = sorted(set(options) - set(inspect.signature(build).parameters))
     if unknown:
         raise TypeError(f"output_size() got an unexpected keyword argument {unknown[0]!r}")
-    check_positive("hidden_size", hidden_size)
+    check_integer("hidden_size", hidden_size)
     return hidden_size

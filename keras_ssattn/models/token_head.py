@@ -1,13 +1,13 @@
 """From the last block of a language model to logits."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
-from keras_ssattn.layers._config import NoWeights, check_choice, freeze_sublayers
-from keras_ssattn.layers._norms import NORMS, make_norm
-from keras_ssattn.ops._arguments import widen
+from keras_ssattn._checks import check_choice
+from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
+from keras_ssattn._tensors import cast, dtype_of, matmul, widen
+from keras_ssattn._typing import Config, Layer, NormName, Shape, Tensor
+from keras_ssattn.layers.norms import NORMS, make_norm
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -18,15 +18,15 @@ class TokenHead(keras.layers.Layer):
     under two names, and a file with the other kind of head would load.
     """
 
-    def __init__(self, vocabulary_size: int, norm: str, tied: bool, **kwargs: Any) -> None:
-        check_choice("norm", norm, tuple(NORMS))
+    def __init__(self, vocabulary_size: int, norm: NormName, tied: bool, **kwargs: object) -> None:
+        check_choice("norm", norm, NORMS)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
         self.norm = norm
         self.tied = tied
 
-    def build(self, x_shape: Any, embeddings_shape: Any = None) -> None:
+    def build(self, x_shape: Shape, embeddings_shape: Shape | None = None) -> None:
         options = {"dtype": self.dtype_policy}
         self.final_norm = make_norm(self.norm, x_shape, name="final_norm", **options)
         if self.tied:
@@ -38,20 +38,26 @@ class TokenHead(keras.layers.Layer):
         self.projection.build(x_shape)
         freeze_sublayers(self)
 
-    def projections(self) -> list[Any]:
+    def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""
         return [] if self.tied else [self.projection]
 
-    def call(self, x: Any, embeddings: Any = None) -> Any:
+    def call(self, x: Tensor, embeddings: Tensor | None = None) -> Tensor:
         x = self.final_norm(x)
         if not self.tied:
-            return widen(self.projection(x))
-        return widen(x @ ops.cast(ops.transpose(embeddings), x.dtype))
+            return widen(self._project(x))
+        return widen(matmul(x, cast(ops.transpose(embeddings), dtype_of(x))))
 
-    def compute_output_shape(self, x_shape: Any, embeddings_shape: Any = None) -> tuple:
+    def _project(self, x: Tensor) -> Tensor:
+        """The projection; Keras's own computes float64 in float32 on PyTorch."""
+        if dtype_of(x) == "float64" and self.projection.quantization_mode is None:
+            return matmul(x, ops.convert_to_tensor(self.projection.kernel))
+        return self.projection(x)
+
+    def compute_output_shape(self, x_shape: Shape, embeddings_shape: Shape | None = None) -> Shape:
         return (*x_shape[:-1], self.vocabulary_size)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = {
             "vocabulary_size": self.vocabulary_size,
             "norm": self.norm,

@@ -1,18 +1,21 @@
 """A cache of keys and values for decoding, of a fixed length, so that a step compiles once."""
 
-from typing import Any, NamedTuple
+import numbers
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
-from keras_ssattn.ops._arguments import (
-    cast,
+from keras_ssattn._checks import (
     check_broadcastable,
+    check_integer,
     check_mask,
     check_rank,
-    dtype_of,
-    to_tensor,
+    to_int32,
 )
+from keras_ssattn._tensors import cast, dtype_of, is_known
+from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
+from keras_ssattn.ops.stacks import place
 
 
 class Cache(NamedTuple):
@@ -31,9 +34,9 @@ class Cache(NamedTuple):
     (2, 32, 4, 16)
     """
 
-    key: Any
-    value: Any
-    mask: Any
+    key: Tensor
+    value: Tensor
+    mask: Tensor
 
 
 def make_cache(
@@ -42,7 +45,7 @@ def make_cache(
     num_kv_heads: int,
     key_dim: int,
     value_dim: int | None = None,
-    dtype: str = "float32",
+    dtype: DType = "float32",
 ) -> Cache:
     """An empty cache for `length` positions.
 
@@ -71,7 +74,9 @@ def make_cache(
     )
 
 
-def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None) -> Cache:
+def update_cache(
+    cache: Cache, index: int | ArrayLike, key: Tensor, value: Tensor, mask: ArrayLike | None = None
+) -> Cache:
     """Writes T positions into a cache, from `index` on.
 
     Args:
@@ -99,41 +104,69 @@ def update_cache(cache: Any, index: Any, key: Any, value: Any, mask: Any = None)
     128.0
     """
     cache = Cache(*cache)
-    length, size = key.shape[1], cache.key.shape[1]
-    if isinstance(index, int) and None not in (length, size) and not 0 <= index <= size - length:
-        raise ValueError(
-            f"`index` must leave room for {length} positions in a cache of {size}. Received: "
-            f"index={index}, key with shape {tuple(key.shape)}"
-        )
-    index = to_tensor(index)
-    if "int" not in dtype_of(index):
-        raise TypeError(f"`index` must be an integer. Received: dtype {dtype_of(index)}")
-    index = cast(index, "int32")
-    check_rank("index", index, (0, 1))
-    if None not in (length, size) and length > size:
-        raise ValueError(
-            f"`key` must not be longer than the cache, {size} positions. Received: key with shape "
-            f"{tuple(key.shape)}"
-        )
+    index = check_index(cache, index, ops.shape(key)[1])
     mask = ops.ones((1, 1), "bool") if mask is None else check_mask("mask", mask, rank=2)
-    for name, old, new in zip(cache._fields, cache, (key, value, mask), strict=True):
-        target = (old.shape[0], new.shape[1], *old.shape[2:])
-        check_broadcastable(name, tuple(new.shape), target, "the cache's shape at T positions")
+    _check_part("mask", cache.mask, mask)
     mask = ops.broadcast_to(mask, ops.shape(key)[:2])  # a row of it may serve all
-    new = Cache(cast(key, dtype_of(cache.key)), cast(value, dtype_of(cache.value)), mask)
-    write = _write_at if len(index.shape) == 0 else _write_by_row
-    return Cache(*(write(x, index, y) for x, y in zip(cache, new, strict=True)))
+    key, value = write_cache(cache, index, key, value)
+    return Cache(key, value, write_at(cache.mask, index, mask))
 
 
-def _write_at(old: Any, index: Any, new: Any) -> Any:
-    start = (0, index, *(0 for _ in old.shape[2:]))
+def write_cache(
+    cache: Cache, index: int | Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The keys and values of `update_cache`, for an index that has been checked."""
+    _check_part("key", cache.key, key)
+    _check_part("value", cache.value, value)
+    key, value = cast(key, dtype_of(cache.key)), cast(value, dtype_of(cache.value))
+    return write_at(cache.key, index, key), write_at(cache.value, index, value)
+
+
+def write_at(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
+    """`old`, `[B, S, ...]`, with `new`, `[B, T, ...]`, at the positions from `index` on.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn.ops.cache import write_at
+    >>> write_at(keras.ops.zeros((1, 4)), 1, keras.ops.ones((1, 2)))  # [[0., 1., 1., 0.]]
+    """
+    if not isinstance(index, int) and len(index.shape) == 1:
+        return _write_by_row(old, index, new)
+    start = place(0, index, *(0 for _ in old.shape[2:]))
     if dtype_of(old) != "bool" or keras.backend.backend() != "tensorflow":
         return ops.slice_update(old, start, new)
     # TensorFlow does not update slices of booleans
     return ops.cast(ops.slice_update(ops.cast(old, "int32"), start, ops.cast(new, "int32")), "bool")
 
 
-def _write_by_row(old: Any, index: Any, new: Any) -> Any:
+def check_index(cache: Cache, index: int | ArrayLike, length: Size) -> int | Tensor:
+    """Returns the index, an `int` or int32, or raises if there is no room for `length` keys."""
+    size = cache.key.shape[1]
+    known = is_known(length) and is_known(size)
+    if isinstance(index, numbers.Integral):
+        if known and not 0 <= index <= size - length:
+            raise ValueError(
+                f"`index` must leave room for {length} positions in a cache of {size}. Received: "
+                f"index={index}"
+            )
+        return check_integer("index", index, least=0)
+    if known and length > size:
+        raise ValueError(
+            f"`key` must not be longer than the cache, {size} positions. Received: {length} "
+            "positions"
+        )
+    index = to_int32("index", index, "an integer")
+    check_rank("index", index, (0, 1))
+    return index
+
+
+def _check_part(name: str, old: Tensor, new: Tensor) -> None:
+    target = (old.shape[0], new.shape[1], *old.shape[2:])
+    check_broadcastable(name, tuple(new.shape), target, "the cache's shape at T positions")
+
+
+def _write_by_row(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
     step = ops.arange(ops.shape(old)[1], dtype="int32") - ops.expand_dims(index, -1)  # [B, S]
     written = ops.logical_and(step >= 0, step < ops.shape(new)[1])
     step = ops.clip(step, 0, ops.shape(new)[1] - 1)

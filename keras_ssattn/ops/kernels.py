@@ -1,103 +1,193 @@
-r"""What tiled attention needs of a normalizer, for tiles of logits seen one after the other.
+r"""Kernels: the one definition of each normalizer, for whole rows and for tiles of them.
 
-Attention is :math:`o_i = \sum_j f(x_{ij}) v_j / Z_i` with :math:`Z_i = c + \sum_j g(x_{ij})`.
-With :math:`dN_i = dO_i / Z_i` and :math:`\delta_i = dN_i \cdot o_i`, its gradients are
+A normalizer turns logits x into weights :math:`w_j = f(x_j) / Z` with
+:math:`Z = c + \sum_k g(x_k)`:
+
+| kernel              | f(x)               | g(x)            | c       |
+|---------------------|--------------------|-----------------|---------|
+| `Softmax`           | exp(x)             | exp(x)          | 0       |
+| `SinkSoftmax`       | exp(x)             | exp(x)          | exp(s)  |
+| `Softpick`          | x                  | abs(x)          | 1       |
+| `RectifiedSoftpick` | max(exp(x) - 1, 0) | abs(exp(x) - 1) | epsilon |
+
+f, g and c may all be multiplied by :math:`e^{-m}`, which cancels, where m is a maximum over the
+entries seen so far. Attention is :math:`o_i = \sum_j f(x_{ij}) v_j / Z_i`. With
+:math:`dN_i = dO_i / Z_i` and :math:`\delta_i = dN_i \cdot o_i`, its gradients are
 
 .. math::
     dx_{ij} = f'(x_{ij}) (dN_i \cdot v_j) - g'(x_{ij}) \delta_i, \quad
-    dv_j = \sum_i f(x_{ij}) dN_i
+    dv_j = \sum_i f(x_{ij}) dN_i, \quad dc = -\sum_i \delta_i
 
-A kernel gives f, g, c and dx. f, g and c may all be multiplied by e^-m, which cancels, where m is
-a maximum over the keys seen so far. Where a tile is changed by augmented assignments, PyTorch does
-so in place, which spares it memory. The normalizers themselves, on whole rows, are in
-`normalizers.py`; tests hold the two together.
+Whole rows differentiate `values` and `constant`; tiles use `gradient` and `constant_gradient`.
+Where a tile is changed by augmented assignments, PyTorch does so in place, which spares it memory.
 """
 
-from typing import Any
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import ClassVar
 
+import numpy as np
 from keras import ops
 
-LOWEST = -3.0e38  # finite, so that LOWEST - LOWEST is 0
+from keras_ssattn._checks import check_choice, check_number
+from keras_ssattn._tensors import cast, dtype_of, is_known
+from keras_ssattn._typing import DType, Number, Tensor
 
 
-class Softmax:
-    """f = g = exp(x - m), c = 0."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """What whole rows and tiles need of a normalizer; the functions are elementwise.
 
-    first_max = LOWEST
-    linear = False
-    absent = -float("inf")  # a logit for which f, g and dx are 0
-    query_scale = 1.0
+    Attributes:
+        absent: a logit for which f, g and the gradient of the values are 0.
+        linear: whether f(x) = x, for which tiles have a shorter way.
+        prescale: what the logits are multiplied by before any other method sees them.
+        headroom: how far a logit may pass m; `None` if the kernel has no use for m.
+    """
 
-    def peak(self, x: Any) -> Any:
-        """What m must not be below."""
-        return ops.max(x, axis=-1, keepdims=True)
+    absent: ClassVar[float] = 0.0
+    linear: ClassVar[bool] = False
+    prescale: ClassVar[float] = 1.0
+    headroom: ClassVar[float | None] = None
 
-    def values(self, x: Any, m: Any) -> tuple[Any, Any]:
+    def start(self, dtype: DType) -> Number | Tensor:
+        """What m is at least."""
+        return 0.0
+
+    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """Returns f and g."""
+        raise NotImplementedError
+
+    def gradient(
+        self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns f and dx; `upstream` is dN . v."""
+        raise NotImplementedError
+
+    def constant(self, m: Tensor) -> Number | Tensor:
+        """Returns c."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The learned numbers in c, one per row of logits."""
+        return ()
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Kernel":
+        return self
+
+    def constant_gradient(self, m: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of each of `tensors`, one per row."""
+        return ()
+
+
+class Softmax(Kernel):
+    """f = g = exp(x - m), c = 0, m the maximum."""
+
+    absent = -float("inf")
+    headroom = 0.0
+
+    def start(self, dtype: DType) -> Number | Tensor:
+        return float(np.finfo(dtype).min)  # finite, so that m - m is 0
+
+    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         e = ops.exp(x - m)
         return e, e
 
-    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
-        """Returns f and dx; `upstream` is dN . v."""
+    def gradient(
+        self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
         e = ops.exp(x - m)
         return e, e * (upstream - delta)
 
-    def constant(self, m: Any) -> Any:
-        """Returns c."""
+    def constant(self, m: Tensor) -> Number | Tensor:
         return 0.0
 
 
-class Softpick:
-    """f = x, g = |x|, c = 1, all times 2^-24, lest the sum of the largest logits overflow.
+@dataclasses.dataclass(frozen=True, eq=False)
+class SinkSoftmax(Softmax):
+    """Softmax with one entry more, of logit s and without a value: c = exp(s - m), m >= s.
+
+    Attributes:
+        sink: s, a tensor that broadcasts to the rows of the logits.
+    """
+
+    sink: Tensor
+
+    def start(self, dtype: DType) -> Number | Tensor:
+        return cast(self.sink, dtype)
+
+    def constant(self, m: Tensor) -> Number | Tensor:
+        return ops.exp(cast(self.sink, dtype_of(m)) - m)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.sink,)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Kernel":
+        return SinkSoftmax(*tensors)
+
+    def constant_gradient(self, m: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        return (-delta * self.constant(m),)
+
+
+class Softpick(Kernel):
+    """f = x, g = |x|, c = 1, all times 2^-24, so that sums of the largest logits do not overflow.
 
     f is linear, so over tiles that are seen whole the numerator needs no logits:
     sum_j (q . k_j) v_j = q . sum_j (k_j v_j^T).
     """
 
-    first_max = 0.0
     linear = True
-    absent = 0.0  # f and g are 0 there; dx is not
-    query_scale = 2.0**-24  # x arrives multiplied by it
+    prescale = 2.0**-24
 
-    def values(self, x: Any, m: Any) -> tuple[Any, Any]:
-        return x, abs(x)
+    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return x, magnitude(x)
 
-    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
+    def gradient(
+        self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return x, upstream - ops.sign(x) * delta
 
-    def constant(self, m: Any) -> Any:
-        return self.query_scale
+    def constant(self, m: Tensor) -> Number | Tensor:
+        return self.prescale
 
 
-class RectifiedSoftpick:
+@dataclasses.dataclass(frozen=True, eq=False)
+class RectifiedSoftpick(Kernel):
     """f = max(d, 0), g = |d|, c = epsilon e^-m with d = (e^x - 1) e^-m and m >= 0.
 
-    m stays 0, and d = expm1(x) exact near 0, as long as no logit passes `HEADROOM`.
+    m stays 0, and d = expm1(x) exact near 0, as long as no logit passes the headroom.
+
+    Attributes:
+        epsilon: positive number.
     """
 
-    HEADROOM = 30.0
-    first_max = 0.0
-    linear = False
-    absent = 0.0
-    query_scale = 1.0
+    headroom: ClassVar[float | None] = 30.0
+    epsilon: float = 1e-6
 
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
+    def __post_init__(self) -> None:
+        check_number(
+            "epsilon",
+            self.epsilon,
+            "a positive number that float32 can hold",
+            lambda x: 2.0**-126 <= x < float("inf"),
+        )
 
-    def peak(self, x: Any) -> Any:
-        return ops.max(x, axis=-1, keepdims=True) - self.HEADROOM
-
-    def difference(self, x: Any, m: Any) -> Any:
+    def difference(self, x: Tensor, m: Tensor) -> Tensor:
         """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
         d = ops.expm1(x - m)
-        d -= ops.expm1(-m)
-        return d
+        return d - ops.expm1(-m)
 
-    def values(self, x: Any, m: Any) -> tuple[Any, Any]:
+    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         d = self.difference(x, m)
-        return ops.relu(d), abs(d)
+        return ops.relu(d), magnitude(d)
 
-    def gradient(self, x: Any, m: Any, upstream: Any, delta: Any) -> tuple[Any, Any]:
+    def gradient(
+        self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
         d, sign = self.difference(x, m), ops.sign(x)
         f, slope = ops.relu(d), ops.relu(sign)
         slope *= upstream
@@ -106,12 +196,82 @@ class RectifiedSoftpick:
         slope *= d + ops.exp(-m)
         return f, slope
 
-    def constant(self, m: Any) -> Any:
+    def constant(self, m: Tensor) -> Number | Tensor:
         return self.epsilon * ops.exp(-m)
 
 
-def get(name: str, epsilon: float) -> Any:
-    """The kernel of that name."""
-    if name == "rectified_softpick":
-        return RectifiedSoftpick(epsilon)
-    return {"softmax": Softmax, "softpick": Softpick}[name]()
+# What `normalizer=` names, everywhere; "ssmax" is softmax under a length scale of s log n.
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "softmax": Softmax,
+    "ssmax": Softmax,
+    "softpick": Softpick,
+    "rectified_softpick": RectifiedSoftpick,
+    "sink_softmax": SinkSoftmax,
+}
+
+
+def get(normalizer: str | Kernel, epsilon: float = 1e-6, sink: Tensor = 0.0) -> Kernel:
+    """The kernel of that name; a kernel as it is."""
+    if isinstance(normalizer, Kernel):
+        return normalizer
+    check_choice("normalizer", normalizer, KERNELS)
+    cls = KERNELS[normalizer]
+    options = {RectifiedSoftpick: (epsilon,), SinkSoftmax: (sink,)}
+    return cls(*options.get(cls, ()))
+
+
+def name_of(kernel: Kernel) -> str:
+    """The first name of a kernel's class, for messages."""
+    known = {cls: name for name, cls in reversed(KERNELS.items())}
+    return known.get(type(kernel), type(kernel).__name__)
+
+
+def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | None) -> Tensor:
+    """The weights of whole rows, along `axis`; entries that `mask` hides are absent.
+
+    Args:
+        kernel: of the normalizer.
+        x: logits, float32 or wider.
+        axis: the axes to normalize over, from the end.
+        mask: boolean, broadcastable to `x`, or `None`.
+    """
+    if mask is not None:
+        x = ops.where(mask, x, kernel.absent)
+    if kernel.prescale != 1.0:
+        x = x * kernel.prescale
+    m = maximum(kernel, x, axis)
+    f, g = kernel.values(x, m)
+    total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
+    return f / ops.where(total > 0, total, 1.0)
+
+
+def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:
+    """M of whole rows, for logits in which hidden entries are absent; it has no gradient."""
+    dtype = dtype_of(x)
+    start = kernel.start(dtype)
+    if kernel.headroom is None:
+        return start
+    start = ops.stop_gradient(ops.convert_to_tensor(start, dtype))
+    if any(is_known(size) and size == 0 for size in x.shape):  # PyTorch has no maximum of it
+        return start
+    peak = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
+    return ops.where(peak > start, peak, start)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
+    return x * ops.sign(x)
+
+
+def entry_count(x: Tensor, axis: tuple[int, ...], mask: Tensor | None = None) -> Tensor | int:
+    """The number of entries of `x` along `axis` that `mask` leaves.
+
+    Returns:
+        An int32 tensor shaped like `x` with size 1 along `axis`; an integer without a mask
+        (a scalar tensor where the size is dynamic).
+    """
+    sizes = [ops.shape(x)[one] for one in axis]
+    if mask is None and None not in sizes:
+        return functools.reduce(operator.mul, sizes)
+    ones = ops.ones_like(x, dtype="int32")
+    return ops.sum(ones if mask is None else ops.where(mask, ones, 0), axis=axis, keepdims=True)

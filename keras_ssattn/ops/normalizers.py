@@ -1,14 +1,7 @@
 r"""Normalizers: functions that turn logits into attention weights.
 
-Each one is :math:`w_j = f(x_j) / (c + \sum_k g(x_k))` along `axis`:
-
-| function             | f(x)             | g(x)         | c   |
-|----------------------|------------------|--------------|-----|
-| `softmax`, `ssmax`   | exp(x)           | exp(x)       | 0   |
-| `softpick`           | x                | abs(x)       | 1   |
-| `rectified_softpick` | max(exp(x)-1, 0) | abs(exp(x)-1)| eps |
-
-Common to all of them:
+Each one is :math:`w_j = f(x_j) / (c + \sum_k g(x_k))` along `axis`, with f, g and c of
+`kernels.py`. Common to all of them:
 
 - `mask` is boolean, True = attend, broadcastable to the logits. A masked entry is absent from
   the numerator, the sum, the maximum and the count n; its weight is exactly 0.
@@ -17,29 +10,27 @@ Common to all of them:
 - Logits must be finite. All finite logits of the dtype give finite weights and gradients.
 """
 
-import functools
 import numbers
-import operator
-from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_ssattn.ops._arguments import (
+from keras_ssattn._checks import (
     check_broadcastable,
     check_floating,
     check_mask,
-    dtype_of,
     normalize_axis,
-    to_tensor,
-    widen,
 )
-from keras_ssattn.ops.length_scale import log_length_scale
+from keras_ssattn._tensors import dtype_of, to_tensor, widen
+from keras_ssattn._typing import ArrayLike, Axis, Number, Tensor
+from keras_ssattn.ops import kernels
+from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.length_scales import log_length_scale
 
 _LOWEST = -3.4e38  # about the lowest float32
 
 
-def softmax(logits: Any, axis: Any = -1, mask: Any = None) -> Any:
+def softmax(logits: ArrayLike, axis: Axis = -1, mask: ArrayLike | None = None) -> Tensor:
     r"""Softmax, :math:`e^{x_j} / \sum_k e^{x_k}`, with a mask that removes entries.
 
     Unlike `keras.ops.softmax` it gives zeros, not a uniform row, where nothing is attended to.
@@ -61,19 +52,17 @@ def softmax(logits: Any, axis: Any = -1, mask: Any = None) -> Any:
     >>> from keras_ssattn import ops
     >>> ops.softmax([0.0, 0.0, 0.0], mask=[True, True, False])  # [0.5, 0.5, 0.]
     """
-    x, axis, mask, dtype = _prepare(logits, axis, mask)
-    return ops.cast(_exponential_weights(_below_max(x, axis, mask), axis, mask), dtype)
+    return apply(kernels.Softmax(), logits, axis, mask)
 
 
 def ssmax(
-    logits: Any,
-    s: Any = 1.0,
-    n: Any = None,
-    b: Any = 0.0,
-    axis: Any = -1,
-    mask: Any = None,
-    formula: str = "scale",
-) -> Any:
+    logits: ArrayLike,
+    s: ArrayLike = 1.0,
+    n: ArrayLike | None = None,
+    b: ArrayLike = 0.0,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+) -> Tensor:
     r"""Scalable softmax, :math:`\mathrm{softmax}((s \log n + b)\, x)`.
 
     With `b = 0` this is :math:`n^{s x_j} / \sum_k n^{s x_k}`: the base of the exponential grows
@@ -90,9 +79,6 @@ def ssmax(
         b: the bias, shaped like `s`.
         axis: the axis, or tuple of axes, to normalize over. Defaults to the last one.
         mask: boolean tensor broadcastable to `logits`, True = attend.
-        formula: `"scale"` as above. `"shift"` computes `softmax(x - s log n)`, as the Elixir
-            library Edifice documents it. Softmax ignores a shift, so this equals softmax for
-            every s and n, and s receives no gradient. It is here for parity only.
 
     Returns:
         Weights of the shape and dtype of `logits`, in [0, 1], that sum to 1.
@@ -100,7 +86,7 @@ def ssmax(
     Raises:
         TypeError: for logits that are not floating-point, or a mask that is.
         ValueError: for an axis out of range, a mask, `s`, `n` or `b` that does not broadcast,
-            `n < 1`, `s` or `b` not finite, an unknown formula, or `b` with `formula="shift"`.
+            `n < 1`, or `s` or `b` not finite.
 
     Example:
 
@@ -113,31 +99,24 @@ def ssmax(
 
     Reference: Nakanishi, "Scalable-Softmax Is Superior for Attention", arXiv 2501.19399.
     """
-    if formula not in ("scale", "shift"):
-        raise ValueError(f'`formula` must be "scale" or "shift". Received: formula={formula!r}')
-    x, axis, mask, dtype = _prepare(logits, axis, mask)
+    x, axes, mask, dtype = _prepare(logits, axis, mask)
     if n is None:
-        n = entry_count(x, axis, mask)
+        n = kernels.entry_count(x, axes, mask)
         n = max(n, 1) if isinstance(n, int) else n
-    n = _per_row("n", n, x, axis)
+    n = _per_row("n", n, x, axes)
     if dtype_of(x) == "float64" and hasattr(n, "dtype") and dtype_of(n) != "bool":
         n = ops.cast(n, "float64")  # for all digits of its log
-    s, b = _per_row("s", s, x, axis), _per_row("b", b, x, axis)
-    if formula == "shift":
-        if not (isinstance(b, numbers.Real) and b == 0):
-            raise ValueError(f'`b` must be 0 with `formula="shift"`. Received: b={b!r}')
-        x = x - _like(x, log_length_scale(n, s))
-        return ops.cast(_exponential_weights(_below_max(x, axis, mask), axis, mask), dtype)
+    s, b = _per_row("s", s, x, axes), _per_row("b", b, x, axes)
     scale = _like(x, log_length_scale(n, s, b))
     # a x - max(a x) = |a| (z - max z) with z = sign(a) x: taking the maximum first keeps the
     # largest finite logits finite. (sign is not ops.sign, whose 0 would end the gradient at a=0.)
     sign = _like(x, ops.where(scale < 0, -1.0, 1.0))
-    x = _below_max(x * sign, axis, mask)
+    x = below_maximum(x * sign, axes, mask)
     x = ops.where(x < _LOWEST, _like(x, _LOWEST), x) * (scale * sign)
-    return ops.cast(_exponential_weights(x, axis, mask), dtype)
+    return ops.cast(kernels.normalize(kernels.Softmax(), x, axes, mask), dtype)
 
 
-def softpick(x: Any, axis: Any = -1, mask: Any = None) -> Any:
+def softpick(x: ArrayLike, axis: Axis = -1, mask: ArrayLike | None = None) -> Tensor:
     r"""Signed softpick, :math:`x_j / (1 + \sum_k |x_k|)`.
 
     Keeps the sign, has no exponential and does not saturate. The magnitudes of a row sum to
@@ -163,17 +142,12 @@ def softpick(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     Reference: `Blocks.Softpick` of the Elixir library Edifice, v0.2.0. The paper of the same
     name (arXiv 2504.20966) has a different function: `rectified_softpick`.
     """
-    x, axis, mask, dtype = _prepare(x, axis, mask)
-    if mask is not None:
-        x = ops.where(mask, x, 0.0)
-    # Numerator and denominator times 2^-24, which is exact: the sum of up to 2^24 of the
-    # largest finite values does not overflow.
-    x = x * 2.0**-24
-    weights = x / (2.0**-24 + ops.sum(_magnitude(x), axis=axis, keepdims=True))
-    return ops.cast(weights, dtype)
+    return apply(kernels.Softpick(), x, axis, mask)
 
 
-def rectified_softpick(x: Any, axis: Any = -1, mask: Any = None, epsilon: float = 1e-6) -> Any:
+def rectified_softpick(
+    x: ArrayLike, axis: Axis = -1, mask: ArrayLike | None = None, epsilon: float = 1e-6
+) -> Tensor:
     r"""Rectified softpick, :math:`\max(e^{x_j}-1, 0) / (\epsilon + \sum_k |e^{x_k}-1|)`.
 
     Entries at or below 0 get weight exactly 0 and still receive gradient, through the sum.
@@ -201,32 +175,52 @@ def rectified_softpick(x: Any, axis: Any = -1, mask: Any = None, epsilon: float 
     Reference: Zuhri et al., "Softpick: No Attention Sink, No Massive Activations with
     Rectified Softmax", arXiv 2504.20966.
     """
-    check_epsilon(epsilon)
-    x, axis, mask, dtype = _prepare(x, axis, mask)
-    if mask is not None:
-        x = ops.where(mask, x, 0.0)
-    # Everything is multiplied by e^-m. |e^x - 1| = (1 - e^-|x|) e^max(x, 0) is free of
-    # cancellation near 0 and of overflow far from it.
-    m = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True, initial=0.0)
-    magnitude = -ops.expm1(-_magnitude(x)) * ops.exp(ops.relu(x) - m)
-    total = epsilon * ops.exp(-m) + ops.sum(magnitude, axis=axis, keepdims=True)
-    return ops.cast(ops.where(x > 0, magnitude, 0.0) / total, dtype)
+    return apply(kernels.RectifiedSoftpick(epsilon), x, axis, mask)
 
 
-def check_epsilon(epsilon: Any) -> None:
-    """Raises unless `epsilon` is a positive number."""
-    if (
-        isinstance(epsilon, bool)
-        or not isinstance(epsilon, numbers.Real)
-        or not 2.0**-126 <= float(epsilon) < float("inf")
-    ):
-        raise ValueError(
-            f"`epsilon` must be a positive number that float32 can hold. Received: "
-            f"epsilon={epsilon!r}"
-        )
+def sink_softmax(
+    logits: ArrayLike, sink: ArrayLike = 0.0, axis: Axis = -1, mask: ArrayLike | None = None
+) -> Tensor:
+    r"""Softmax with a sink, :math:`e^{x_j} / (e^s + \sum_k e^{x_k})`.
+
+    The sink is one entry more, of logit s, whose weight goes nowhere: a row can attend to little.
+    With `sink=0` this is "softmax off by one".
+
+    Args:
+        logits: floating-point tensor of any shape.
+        sink: s, a number or a tensor broadcastable to `logits` with size 1 along `axis`: for
+            logits `[B, H, T, S]` and one value per head, shape `[H, 1, 1]`.
+        axis: the axis, or tuple of axes, to normalize over. Defaults to the last one.
+        mask: boolean tensor broadcastable to `logits`, True = attend.
+
+    Returns:
+        Weights of the shape and dtype of `logits`, in [0, 1), that sum to less than 1.
+
+    Raises:
+        TypeError: for logits that are not floating-point, or a mask that is.
+        ValueError: for an axis out of range, or a mask or sink that does not broadcast.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> ops.sink_softmax([0.0, 0.0, 0.0])  # [0.25, 0.25, 0.25]
+
+    Reference: the published implementation of gpt-oss, with a learned s per head.
+    """
+    x, axes, mask, dtype = _prepare(logits, axis, mask)
+    sink = _like(x, _per_row("sink", float(sink) if _is_number(sink) else sink, x, axes))
+    return ops.cast(kernels.normalize(kernels.SinkSoftmax(sink), x, axes, mask), dtype)
 
 
-def _prepare(x: Any, axis: Any, mask: Any) -> tuple[Any, tuple[int, ...], Any, str]:
+def apply(kernel: Kernel, x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> Tensor:
+    """The weights of any kernel; the functions above are this one with their own."""
+    x, axes, mask, dtype = _prepare(x, axis, mask)
+    return ops.cast(kernels.normalize(kernel, x, axes, mask), dtype)
+
+
+def _prepare(
+    x: ArrayLike, axis: Axis, mask: ArrayLike | None
+) -> tuple[Tensor, tuple[int, ...], Tensor | None, str]:
     x = to_tensor(x)
     dtype = check_floating("logits", x)
     axes = normalize_axis(axis, len(x.shape))
@@ -236,24 +230,13 @@ def _prepare(x: Any, axis: Any, mask: Any) -> tuple[Any, tuple[int, ...], Any, s
     return widen(x), axes, mask, dtype
 
 
-def entry_count(x: Any, axis: Any = -1, mask: Any = None) -> Any:
-    """The number of entries of `x` along `axis` that `mask` leaves.
-
-    Returns:
-        An int32 tensor shaped like `x` with size 1 along `axis`; an integer without a mask
-        (a scalar tensor where the size is dynamic).
-    """
-    axes = normalize_axis(axis, len(x.shape))
-    sizes = [ops.shape(x)[one] for one in axes]
-    if mask is None and None not in sizes:
-        return functools.reduce(operator.mul, sizes)
-    ones = ops.ones_like(x, dtype="int32")
-    return ops.sum(ones if mask is None else ops.where(mask, ones, 0), axis=axes, keepdims=True)
+def _is_number(value: ArrayLike) -> bool:
+    return isinstance(value, numbers.Real)
 
 
-def _per_row(name: str, value: Any, x: Any, axis: tuple[int, ...]) -> Any:
+def _per_row(name: str, value: ArrayLike, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:
     """Checks that `value` is a number or has one value per row of `x` along `axis`."""
-    if isinstance(value, numbers.Real):
+    if _is_number(value):
         return value
     value = to_tensor(value)
     row = tuple(1 if i - len(x.shape) in axis else size for i, size in enumerate(x.shape))
@@ -263,7 +246,7 @@ def _per_row(name: str, value: Any, x: Any, axis: tuple[int, ...]) -> Any:
     return value
 
 
-def _like(x: Any, value: Any) -> Any:
+def _like(x: Tensor, value: Number | Tensor) -> Tensor:
     """`value`, a float or a tensor, as a tensor of the dtype of `x`."""
     dtype = dtype_of(x)
     if isinstance(value, float):  # by NumPy, for all its digits
@@ -271,27 +254,10 @@ def _like(x: Any, value: Any) -> Any:
     return ops.cast(value, dtype)
 
 
-def _magnitude(x: Any) -> Any:
-    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
-    return x * ops.sign(x)
-
-
-def _below_max(x: Any, axis: tuple[int, ...], mask: Any) -> Any:
+def below_maximum(x: Tensor, axis: tuple[int, ...], mask: Tensor | None) -> Tensor:
     """`x` less its largest attended entry: 0 at the maximum, negative elsewhere."""
-    largest = x if mask is None else ops.where(mask, x, -float("inf"))
-    largest = ops.stop_gradient(largest)
-    largest = ops.max(largest, axis=axis, keepdims=True, initial=-float("inf"))
-    if mask is not None:
-        largest = ops.where(largest > -float("inf"), largest, 0.0)
-        x = ops.where(mask, x, largest)
-    return x - largest
-
-
-def _exponential_weights(x: Any, axis: tuple[int, ...], mask: Any) -> Any:
-    """exp(x) / sum exp(x) over the attended entries, for x with maximum 0."""
-    e = ops.exp(x)
+    kernel = kernels.Softmax()
     if mask is None:
-        return e / ops.sum(e, axis=axis, keepdims=True)
-    e = ops.where(mask, e, 0.0)
-    total = ops.sum(e, axis=axis, keepdims=True)
-    return e / ops.where(total > 0, total, 1.0)
+        return x - kernels.maximum(kernel, x, axis)
+    largest = kernels.maximum(kernel, ops.where(mask, x, kernel.absent), axis)
+    return ops.where(mask, x, largest) - largest

@@ -1,13 +1,15 @@
 """Rotary position embedding, with the scalings that stretch it to longer contexts."""
 
+import dataclasses
 import math
 import numbers
-from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_ssattn.ops._arguments import check_floating, check_rank, dtype_of, to_tensor, widen
+from keras_ssattn._checks import check_floating, check_number, check_rank, to_int32
+from keras_ssattn._tensors import cast, dtype_of, may_be_equal, to_tensor, widen
+from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
 
 # Keys that each type of scaling needs, and those it may have.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
@@ -17,7 +19,7 @@ SCALINGS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def rotary_frequencies(
-    size: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None
+    size: int, theta: float = 10000.0, scaling: Config | None = None
 ) -> np.ndarray:
     r"""Radians per position by which each pair of features turns.
 
@@ -80,7 +82,7 @@ def rotary_frequencies(
     return share * slow + (1 - share) * frequencies
 
 
-def rotary_attention_factor(scaling: dict[str, Any] | None) -> float:
+def rotary_attention_factor(scaling: Config | None) -> float:
     """What a scaling multiplies cos and sin by, and so the logits by the square of.
 
     Args:
@@ -107,9 +109,56 @@ def rotary_attention_factor(scaling: dict[str, Any] | None) -> float:
     return float(scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """Turns features of some positions; one serves all layers that read the same positions.
+
+    Attributes:
+        cos: `[B|1, T, 1, D]`, 1 where a feature is not rotated.
+        sin: the same; minus the sine in the first half of the rotated features, 0 where a feature
+            is not rotated.
+        half: R/2, the number of pairs.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    half: int
+
+    @classmethod
+    def of(
+        cls,
+        positions: Tensor,
+        frequencies: np.ndarray,
+        size: int,
+        attention_factor: float = 1.0,
+        dtype: DType = "float32",
+    ) -> "Rotation":
+        """That of positions `[B|1, T]`, int32, for heads of D = `size` features."""
+        angles = ops.expand_dims(_angles(positions, frequencies, dtype), -2)  # [B|1, T, 1, R/2]
+        cos, sin = ops.cos(angles), ops.sin(angles)
+        if attention_factor != 1.0:
+            cos, sin = cos * attention_factor, sin * attention_factor
+        cos, sin = [cos, cos], [-sin, sin]
+        rest = size - 2 * frequencies.size
+        if rest:
+            ones = ops.ones_like(cos[0][..., :1])
+            cos.append(ops.repeat(ones, rest, axis=-1))
+            sin.append(ops.repeat(ops.zeros_like(ones), rest, axis=-1))
+        cos, sin = ops.concatenate(cos, axis=-1), ops.concatenate(sin, axis=-1)
+        return cls(cos, sin, frequencies.size)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """`x`, `[B, T, H, D]`, with its first R features turned."""
+        dtype, half, x = dtype_of(x), self.half, widen(x)
+        parts = [x[..., half : 2 * half], x[..., :half]]
+        if 2 * half < x.shape[-1]:
+            parts.append(x[..., 2 * half :])
+        return cast(x * self.cos + ops.concatenate(parts, axis=-1) * self.sin, dtype)
+
+
 def rotary_embedding(
-    x: Any, positions: Any, frequencies: Any, attention_factor: float = 1.0
-) -> Any:
+    x: ArrayLike, positions: int | ArrayLike, frequencies: ArrayLike, attention_factor: float = 1.0
+) -> Tensor:
     """Turns pairs of features by an angle proportional to the position.
 
     The dot product of a query and a key, both turned, depends on their positions by the
@@ -144,7 +193,7 @@ def rotary_embedding(
     Reference: Su et al., arXiv 2104.09864.
     """
     x = to_tensor(x)
-    dtype = check_floating("x", x)
+    check_floating("x", x)
     check_rank("x", x, 4)
     frequencies = np.asarray(frequencies, "float64")
     half = frequencies.size
@@ -154,19 +203,13 @@ def rotary_embedding(
             f"Received: frequencies with shape {frequencies.shape}, x with shape {tuple(x.shape)}"
         )
     attention_factor = _check_at_least("attention_factor", attention_factor)
-    wide = widen(x)
-    angles = _angles(_check_positions(positions, x), frequencies, dtype_of(wide))
-    angles = ops.expand_dims(angles, -2)  # [B|1, T, 1, R/2]
-    cos, sin = ops.cos(angles) * attention_factor, ops.sin(angles) * attention_factor
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    rotated = ops.cast(rotated, dtype)
-    if 2 * half == x.shape[-1]:
-        return rotated
-    return ops.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+    positions = _check_positions(positions, x)
+    dtype = dtype_of(widen(x))
+    rotation = Rotation.of(positions, frequencies, x.shape[-1], attention_factor, dtype)
+    return rotation.turn(x)
 
 
-def _angles(positions: Any, frequencies: np.ndarray, dtype: str) -> Any:
+def _angles(positions: Tensor, frequencies: np.ndarray, dtype: DType) -> Tensor:
     """Positions times frequencies, less whole turns: `[..., T]` and `[R/2]` to `[..., T, R/2]`."""
     # The float32 product is 0.01 radians off at position 131071. So count turns, not radians, and
     # split the position into 4096 high + low. How far a step of either goes, modulo 1, is known
@@ -174,7 +217,7 @@ def _angles(positions: Any, frequencies: np.ndarray, dtype: str) -> Any:
     # turns without error; the rest of it gives a product of less than half a turn.
     positions = ops.expand_dims(positions, -1)
     high = ops.floor_divide(positions, 4096)
-    turns: Any = 0.0
+    turns: Tensor = 0.0
     for count, steps in ((high, 4096), (positions - 4096 * high, 1)):
         count = ops.cast(count, dtype)
         rate = frequencies * (steps / (2 * math.pi))
@@ -186,23 +229,17 @@ def _angles(positions: Any, frequencies: np.ndarray, dtype: str) -> Any:
     return turns * (2 * math.pi)
 
 
-def _check_positions(positions: Any, x: Any) -> Any:
+def _check_positions(positions: int | ArrayLike, x: Tensor) -> Tensor:
     """Positions as int32 `[1, T]` or `[B, T]`, or raises if they do not fit `x`."""
-    positions = to_tensor(positions)
-    if "int" not in dtype_of(positions):
-        raise TypeError(
-            f"`positions` must be integers. Received: positions with dtype {dtype_of(positions)}"
-        )
+    positions = to_int32("positions", positions)
     check_rank("positions", positions, (0, 1, 2))
-    positions = ops.cast(positions, "int32")
     if len(positions.shape) == 0:
         positions = positions + ops.arange(ops.shape(x)[1], dtype="int32")
     if len(positions.shape) == 1:
         positions = ops.expand_dims(positions, 0)
-    (rows, length), (batch, time) = positions.shape, x.shape[:2]
-    if (rows not in (1, None, batch) and batch is not None) or (
-        None not in (length, time) and length != time
-    ):
+    (rows, length), (batch, time) = ops.shape(positions), ops.shape(x)[:2]
+    one_row = isinstance(rows, int) and rows == 1
+    if not (one_row or may_be_equal(rows, batch)) or not may_be_equal(length, time):
         raise ValueError(
             "`positions` must have shape [T] or [B, T]. Received: positions with shape "
             f"{tuple(positions.shape)}, x with shape {tuple(x.shape)}"
@@ -210,19 +247,12 @@ def _check_positions(positions: Any, x: Any) -> Any:
     return positions
 
 
-def check_theta(theta: Any) -> float:
+def check_theta(theta: object) -> float:
     """Returns `theta`, a finite number above 1, as a float, or raises."""
-    if (
-        isinstance(theta, bool)
-        or not isinstance(theta, numbers.Real)
-        or not math.isfinite(theta)
-        or theta <= 1
-    ):
-        raise ValueError(f"`theta` must be a finite number above 1. Received: theta={theta!r}")
-    return float(theta)
+    return check_number("theta", theta, "a finite number above 1", lambda x: 1 < x < math.inf)
 
 
-def check_scaling(scaling: Any) -> dict[str, Any] | None:
+def check_scaling(scaling: Config | None) -> Config | None:
     """Returns a copy of `scaling`, a valid one or `None`, or raises."""
     if scaling is None:
         return None
@@ -245,15 +275,7 @@ def check_scaling(scaling: Any) -> dict[str, Any] | None:
     return dict(scaling)
 
 
-def _check_at_least(name: str, value: Any, least: float = 0.0) -> float:
+def _check_at_least(name: str, value: object, least: float = 0.0) -> float:
     """Returns a finite number above 0, and not below `least`, as a float, or raises."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not math.isfinite(value)
-        or value <= 0
-        or value < least
-    ):
-        expected = f"a number of {least:g} or more" if least else "a positive number"
-        raise ValueError(f"`{name}` must be {expected}. Received: {value!r}")
-    return float(value)
+    expected = f"a number of {least:g} or more" if least else "a positive number"
+    return check_number(name, value, expected, lambda x: 0 < x < math.inf and x >= least)

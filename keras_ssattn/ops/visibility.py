@@ -9,27 +9,362 @@ Query i stands at position `i + query_offset`, key j at position j. Query i sees
 - `mask[b, h, i, j]` is False (anything else).
 """
 
+import dataclasses
+import functools
 import numbers
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 from keras import ops
 
-from keras_ssattn.ops import tiles
-from keras_ssattn.ops._arguments import cast, check_broadcastable, check_mask, dtype_of, to_tensor
+from keras_ssattn._checks import (
+    LARGEST_INT32,
+    check_broadcastable,
+    check_fits_int32,
+    check_integer,
+    check_last_position,
+    check_mask,
+)
+from keras_ssattn._tensors import (
+    cast,
+    dtype_of,
+    is_known,
+    may_be_equal,
+    to_tensor,
+    zero_if_equal,
+)
+from keras_ssattn._typing import ArrayLike, Size, Tensor
+from keras_ssattn.ops import stacks
 
 ROWS = 64  # counted at a time where there are segments
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which of S keys each of T queries sees; made by `Visibility.of`, which checks it, once.
+
+    Layers take it as `visibility=` in place of masks. What several of them need of it, the count
+    and the mask, is computed once.
+
+    Attributes:
+        query_length: T, an integer or, where it is unknown until a graph runs, a tensor.
+        key_length: S, likewise.
+        causal: whether a query sees no later position.
+        window: a query sees keys less than `window` positions away; `None` for all.
+        query_offset: position of the first query, an integer or an int32 tensor, `[]` or `[B]`.
+        mask: boolean `[B|1, H|1, T|1, S|1]`, or `None`.
+        key_mask: boolean `[B, S]`, or `None`.
+        segments: integers `[B, T]` of the queries and `[B, S]` of the keys, or `None`.
+        guard: 0.0, which fails to compute if sizes unknown so far do not fit; `None` if all are
+            known.
+
+    Example:
+
+    >>> from keras_ssattn.ops import Visibility
+    >>> seen = Visibility.of(2, 3, causal=True)
+    >>> seen.count  # [[[1, 2]]]
+    >>> seen.dense_mask  # [[[[True, False, False], [True, True, False]]]]
+    """
+
+    query_length: Size
+    key_length: Size
+    causal: bool = False
+    window: int | None = None
+    query_offset: int | Tensor = 0
+    mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    segments: tuple[Tensor, Tensor] | None = None
+    guard: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query_length: Size,
+        key_length: Size,
+        mask: ArrayLike | None = None,
+        key_mask: ArrayLike | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        query_offset: int | ArrayLike = 0,
+        segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
+        *,
+        batch_size: Size = None,
+        num_heads: int | None = None,
+        guard: Tensor | None = None,
+    ) -> "Visibility":
+        """Checks the arguments, which are those of `visible_keys`, and keeps them.
+
+        `batch_size` and `num_heads` are B and H, if the masks are to be checked against them, and
+        `guard` is that of checks made before.
+        """
+        query_length, key_length = _length(query_length), _length(key_length)
+        sizes = Sizes(batch_size, num_heads, query_length, key_length, guard)
+        if None in (query_length, key_length) and (causal or window is not None):
+            raise ValueError(
+                "symbolic `query` and `key` must have a known length with `causal` or `window`. "
+                f"Received: lengths {query_length} and {key_length}"
+            )
+        window = check_integer("window", window, optional=True)
+        mask, key_mask = sizes.check_mask(mask), sizes.check_key_mask(key_mask)
+        segments = sizes.check_segments(segment_ids)
+        return cls(
+            query_length,
+            key_length,
+            bool(causal),
+            None if window is None or window >= LARGEST_INT32 else window,
+            sizes.check_offset(query_offset),
+            mask,
+            key_mask,
+            segments,
+            sizes.guard,
+        )
+
+    def within(self, window: int | None) -> "Visibility":
+        """The same with another window, which has been checked."""
+        if window is not None and window >= LARGEST_INT32:
+            window = None
+        return self if window == self.window else dataclasses.replace(self, window=window)
+
+    def guarded(self, x: Tensor) -> Tensor:
+        """`x`, which fails to compute if sizes that were unknown do not fit."""
+        return x if self.guard is None else x + cast(self.guard, dtype_of(x))
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether more is hidden than what comes after the query's own position."""
+        others = (self.mask, self.key_mask, self.window, self.segments)
+        shifted = not (isinstance(self.query_offset, int) and self.query_offset == 0)
+        return any(x is not None for x in others) or (self.causal and shifted)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it holds, for functions that must be given them as arguments."""
+        offset = None if isinstance(self.query_offset, int) else self.query_offset
+        held = (self.mask, self.key_mask, *(self.segments or ()), offset)
+        return tuple(x for x in held if x is not None)
+
+    def with_tensors(
+        self, tensors: Sequence[Tensor], query_length: Size, key_length: Size
+    ) -> "Visibility":
+        """The same, with these tensors and lengths in place of its own."""
+        given = iter(tensors)
+        return Visibility(
+            query_length,
+            key_length,
+            self.causal,
+            self.window,
+            mask=None if self.mask is None else next(given),
+            key_mask=None if self.key_mask is None else next(given),
+            segments=None if self.segments is None else (next(given), next(given)),
+            query_offset=self.query_offset if isinstance(self.query_offset, int) else next(given),
+        )
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the queries, int32 `[B|1, T]`."""
+        if isinstance(self.query_offset, int) and is_known(self.query_length):
+            end = self.query_offset + self.query_length
+            return ops.expand_dims(ops.arange(self.query_offset, end, dtype="int32"), 0)
+        offset = ops.reshape(cast(to_tensor(self.query_offset), "int32"), (-1, 1))
+        if is_known(self.query_length) and self.query_length == 1:
+            return offset
+        return offset + ops.arange(self.query_length, dtype="int32")
+
+    @functools.cached_property
+    def dense_mask(self) -> Tensor | None:
+        """Boolean, broadcastable to `[B, H, T, S]`; `None` if every query sees every key."""
+        parts = []
+        if self.causal or self.window is not None:
+            queries = ops.expand_dims(self.positions, (1, 3))  # [B|1, 1, T, 1]
+            keys = ops.arange(self.key_length, dtype="int32")
+            if self.causal:
+                parts.append(keys <= queries)
+            if self.window is not None:
+                parts.append(keys > queries - self.window)
+                if not self.causal:
+                    parts.append(keys - self.window < queries)
+        if self.segments is not None:
+            queries, keys = self.segments
+            same = ops.expand_dims(queries, 2) == ops.expand_dims(keys, 1)
+            parts.append(ops.expand_dims(same, 1))  # [B, 1, T, S]
+        if self.key_mask is not None:
+            parts.append(ops.expand_dims(self.key_mask, (1, 2)))  # [B, 1, 1, S]
+        if self.mask is not None:
+            parts.append(self.mask)
+        return functools.reduce(ops.logical_and, parts) if parts else None
+
+    @functools.cached_property
+    def count(self) -> Tensor:
+        """The number n of keys that each query sees, int32, broadcastable to `[B, H, T]`.
+
+        Without `mask` it is found from the padding's running count, or with segments from a few
+        rows at a time, and no `T x S` mask is built.
+        """
+        one_row = is_known(self.query_length) and self.query_length == 1
+        if self.mask is not None or (one_row and self.needs_mask and self.segments is None):
+            return self._count_of_mask()
+        first, end = self._stretch()  # the visible keys are [first, end), less its padding
+        if self.segments is not None:
+            return self._count_in_segments(first, end)
+        if self.key_mask is None:
+            if end is None:
+                return ops.reshape(ops.cast(self.key_length, "int32"), (1, 1, 1))
+            return ops.expand_dims(end if first is None else end - first, 1)  # [B|1, 1, T]
+        kept = ops.cast(self.key_mask, "int32")
+        if end is None:
+            return ops.reshape(cast(ops.sum(kept, axis=1), "int32"), (-1, 1, 1))  # [B, 1, 1]
+        running = cast(ops.cumsum(kept, axis=1), "int32")  # [B, S], kept keys up to each
+        n = _count_before(running, end)
+        return ops.expand_dims(n if first is None else n - _count_before(running, first), 1)
+
+    def _stretch(self) -> tuple[Tensor | None, Tensor | None]:
+        """The first key that causality and window leave, and the one after the last, `[B|1, T]`."""
+        if not self.causal and self.window is None:
+            return None, None
+        position = self.positions
+        end = position + 1 if self.causal else end_of_window(position, self.window, self.key_length)
+        end = ops.clip(end, 0, self.key_length)
+        if self.window is None:
+            return None, end
+        return ops.clip(position - self.window + 1, 0, end), end
+
+    def _count_of_mask(self) -> Tensor:
+        visible = self.dense_mask
+        if not is_known(self.key_length) or visible.shape[-1] != self.key_length:
+            # a last axis of one stands for S equal entries
+            visible = ops.logical_and(visible, ops.ones((self.key_length,), dtype="bool"))
+        return _sum(visible)
+
+    def _count_in_segments(self, first: Tensor | None, end: Tensor | None) -> Tensor:
+        """Keys of each query's segment in the stretch [first, end), `[B, 1, T]`."""
+        queries, keys = self.segments
+        length = ops.shape(queries)[1]
+        for x in (keys, self.key_mask, first, end):  # any may have the batch size others lack
+            if x is not None:
+                queries = queries + ops.zeros((ops.shape(x)[0], 1), dtype_of(queries))
+        keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
+        index = ops.arange(ops.shape(keys)[3], dtype="int32")
+        tiles = [_stack_rows(x) for x in (queries, first, end)]
+
+        def count(i: Size, counts: Tensor) -> Tensor:
+            ids, low, high = (None if x is None else x[i] for x in tiles)  # [B|1, 1, rows, 1]
+            parts = [ids == keys]
+            if low is not None:
+                parts.append(index >= low)
+            if high is not None:
+                parts.append(index < high)
+            if self.key_mask is not None:
+                parts.append(ops.expand_dims(self.key_mask, (1, 2)))
+            seen = functools.reduce(ops.logical_and, parts)
+            return stacks.write(counts, i, _sum(seen, keepdims=True))
+
+        tile_count, *tile = ops.shape(tiles[0])
+        counts = stacks.empty(tile_count, tile, "int32")
+        counts = ops.fori_loop(0, tile_count, count, counts)
+        counts = stacks.merge(stacks.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
+        return ops.reshape(counts, (-1, 1, length))
+
+
+@dataclasses.dataclass
+class Sizes:
+    """B, H, T and S, against which masks are checked; sizes may be unknown."""
+
+    batch: Size
+    heads: int | None
+    queries: Size
+    keys: Size
+    guard: Tensor | None = None
+
+    def match(self, size: Size, other: Size) -> bool:
+        """False if two sizes differ; if that is unknown, finding out is left to the guard."""
+        if not may_be_equal(size, other):
+            return False
+        if None not in (size, other) and not (is_known(size) and is_known(other)):
+            zero = zero_if_equal(size, other)
+            self.guard = zero if self.guard is None else self.guard + zero
+        return True
+
+    def check_mask(self, mask: ArrayLike | None) -> Tensor | None:
+        """Returns the mask as `[B|1, H|1, T|1, S|1]`, or raises."""
+        mask = check_mask("mask", mask, rank=(2, 4))
+        if mask is None:
+            return None
+        mask = ops.expand_dims(mask, (0, 1)) if len(mask.shape) == 2 else mask
+        sizes = (self.batch, self.heads, self.queries, self.keys)
+        if self.batch is None and self.heads is None:
+            check_broadcastable("mask", tuple(mask.shape[2:]), sizes[2:], "[T, S]")
+        else:
+            check_broadcastable("mask", tuple(mask.shape), sizes, "[B, H, T, S]")
+        return mask
+
+    def check_key_mask(self, key_mask: ArrayLike | None) -> Tensor | None:
+        key_mask = check_mask("key_mask", key_mask, rank=2)
+        if key_mask is None:
+            return None
+        if not self.match(ops.shape(key_mask)[1], self.keys):
+            raise ValueError(
+                f"`key_mask` must have shape [B, S] with S = {self.keys}. Received: key_mask with "
+                f"shape {tuple(key_mask.shape)}"
+            )
+        sizes = (self.batch, self.keys)
+        check_broadcastable("key_mask", tuple(key_mask.shape), sizes, "[B, S]")
+        return key_mask
+
+    def check_segments(
+        self, segment_ids: ArrayLike | Sequence[ArrayLike] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns the segments of queries and keys, integers `[B, T]` and `[B, S]`, or raises."""
+        if segment_ids is None:
+            return None
+        is_pair = isinstance(segment_ids, tuple)
+        pair = segment_ids if is_pair else (segment_ids, segment_ids)
+        if len(pair) != 2:
+            raise ValueError(
+                f"`segment_ids` must be [B, T] or a pair of tensors. Received: {len(pair)} of them"
+            )
+        queries, keys = (to_tensor(x) for x in compress_ids(*pair))
+        for x, length in ((queries, self.queries), (keys, self.keys)):
+            if len(x.shape) != 2 or not self.match(ops.shape(x)[1], length):
+                raise ValueError(
+                    f"`segment_ids` must have shape [B, T], with T = S = {length}, or be a pair of "
+                    f"[B, T] and [B, S]. Received: shape {tuple(x.shape)}"
+                )
+            if "int" not in dtype_of(x):
+                raise TypeError(
+                    "`segment_ids` must be integers. Received: segment_ids with dtype "
+                    f"{dtype_of(x)}"
+                )
+            check_broadcastable("segment_ids", tuple(x.shape[:1]), (self.batch,), "[B]")
+        wide = any(dtype_of(x) in ("int64", "uint64", "uint32") for x in (queries, keys))
+        dtype = "int64" if wide else "int32"
+        return cast(queries, dtype), cast(keys, dtype)
+
+    def check_offset(self, query_offset: int | ArrayLike) -> int | Tensor:
+        if isinstance(query_offset, numbers.Integral):
+            query_offset = check_integer("query_offset", query_offset, least=0)
+            length = self.queries if is_known(self.queries) else 1
+            check_last_position("query_offset", query_offset, length)
+            return query_offset
+        query_offset = check_fits_int32("query_offset", query_offset)
+        if "int" not in dtype_of(query_offset) or len(query_offset.shape) > 1:
+            raise ValueError(
+                "`query_offset` must be an integer or an integer tensor of shape [B]. Received: "
+                f"shape {tuple(query_offset.shape)}, dtype {dtype_of(query_offset)}"
+            )
+        check_broadcastable("query_offset", tuple(query_offset.shape), (self.batch,), "[B]")
+        return cast(query_offset, "int32")
+
+
 def visible_keys(
-    query_length: Any,
-    key_length: Any,
-    mask: Any = None,
-    key_mask: Any = None,
+    query_length: Size,
+    key_length: Size,
+    mask: ArrayLike | None = None,
+    key_mask: ArrayLike | None = None,
     causal: bool = False,
     window: int | None = None,
-    query_offset: Any = 0,
-    segment_ids: Any = None,
-) -> Any:
+    query_offset: int | ArrayLike = 0,
+    segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
+) -> Tensor | None:
     """Which keys each query sees, as one boolean mask.
 
     Args:
@@ -38,7 +373,8 @@ def visible_keys(
         mask: boolean `[T, S]`, or broadcastable to `[B, H, T, S]`; True = attend.
         key_mask: boolean `[B, S]`, False at padded keys.
         causal: whether a query sees no later position.
-        window: a query sees keys less than `window` positions away. `None` for all.
+        window: a query sees keys less than `window` positions away. `None`, or any number that
+            is no smaller than the positions, for all.
         query_offset: position of the first query, an integer or an integer tensor `[B]`.
         segment_ids: integers `[B, T]`, where T = S, of sequences packed into one; or a pair of
             those of the queries, `[B, T]`, and of the keys, `[B, S]`.
@@ -49,74 +385,37 @@ def visible_keys(
 
     Raises:
         TypeError: for a float mask.
-        ValueError: for a mask of the wrong shape, or `window < 1`.
+        ValueError: for a mask of the wrong shape, `window < 1`, or positions beyond 2^31.
 
     Example:
 
     >>> from keras_ssattn import ops
     >>> ops.visible_keys(2, 3, causal=True)  # [[[[True, False, False], [True, True, False]]]]
     """
-    mask, key_mask, window, query_offset = check_visibility(
-        query_length, key_length, mask, key_mask, window, query_offset
+    seen = Visibility.of(
+        query_length, key_length, mask, key_mask, causal, window, query_offset, segment_ids
     )
-    segments = check_segments(segment_ids, query_length, key_length)
-    parts = []
-    if causal or window is not None:
-        distance = ops.expand_dims(_positions(query_length, query_offset), -1)  # [B|1, T, 1]
-        distance = distance - ops.arange(key_length, dtype="int32")  # [B|1, T, S]
-        if causal:
-            parts.append(distance >= 0)
-        if window is not None:
-            parts.append(distance < window)
-            if not causal:
-                parts.append(distance > -window)
-        parts = [ops.expand_dims(part, 1) for part in parts]  # [B|1, 1, T, S]
-    if segments is not None:
-        queries, keys = segments
-        same = ops.expand_dims(queries, 2) == ops.expand_dims(keys, 1)
-        parts.append(ops.expand_dims(same, 1))  # [B, 1, T, S]
-    if key_mask is not None:
-        parts.append(ops.expand_dims(key_mask, (1, 2)))  # [B, 1, 1, S]
-    if mask is not None:
-        parts.append(mask)
-    visible = None
-    for part in parts:
-        visible = part if visible is None else ops.logical_and(visible, part)
-    return visible
+    if seen.dense_mask is None or seen.guard is None:
+        return seen.dense_mask
+    return ops.logical_and(seen.dense_mask, seen.guard == 0)
 
 
 def key_count(
-    query_length: Any,
-    key_length: Any,
-    mask: Any = None,
-    key_mask: Any = None,
+    query_length: Size,
+    key_length: Size,
+    mask: ArrayLike | None = None,
+    key_mask: ArrayLike | None = None,
     causal: bool = False,
     window: int | None = None,
-    query_offset: Any = 0,
-    segment_ids: Any = None,
-) -> Any:
+    query_offset: int | ArrayLike = 0,
+    segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
+) -> Tensor:
     """The number n of keys that each query sees.
 
-    Without `mask` it is found from the padding's running count, or with `segment_ids` from a few
-    rows at a time, and no `T x S` mask is built.
-
-    Args:
-        query_length: T, an integer (or a scalar integer tensor, where it is dynamic).
-        key_length: S, likewise.
-        mask: boolean `[T, S]`, or broadcastable to `[B, H, T, S]`; True = attend.
-        key_mask: boolean `[B, S]`, False at padded keys.
-        causal: whether a query sees no later position.
-        window: a query sees keys less than `window` positions away. `None` for all.
-        query_offset: position of the first query, an integer or an integer tensor `[B]`.
-        segment_ids: integers `[B, T]`, where T = S, of sequences packed into one; or a pair of
-            those of the queries, `[B, T]`, and of the keys, `[B, S]`.
+    Without `mask` no `T x S` mask is built. Arguments and errors are those of `visible_keys`.
 
     Returns:
         An int32 tensor broadcastable to `[B, H, T]`.
-
-    Raises:
-        TypeError: for a float mask.
-        ValueError: for a mask of the wrong rank, or `window < 1`.
 
     Example:
 
@@ -126,153 +425,58 @@ def key_count(
     >>> ops.key_count(4, 4, causal=True, key_mask=[[False, True, True, True]])
     ... # [[[0, 1, 2, 3]]]
     """
-    mask, key_mask, window, query_offset = check_visibility(
-        query_length, key_length, mask, key_mask, window, query_offset
+    seen = Visibility.of(
+        query_length, key_length, mask, key_mask, causal, window, query_offset, segment_ids
     )
-    segments = check_segments(segment_ids, query_length, key_length)
-    if mask is not None:
-        visible = visible_keys(
-            query_length, key_length, mask, key_mask, causal, window, query_offset, segments
-        )
-        if visible.shape[-1] != key_length:  # a last axis of one stands for S equal entries
-            visible = ops.logical_and(visible, ops.ones((key_length,), dtype="bool"))
-        return _sum(visible)
-    # The visible keys are the stretch [first, end), less its padding.
-    first, end = None, None
-    if causal or window is not None:
-        position = _positions(query_length, query_offset)  # [B|1, T]
-        end = ops.clip(position + (1 if causal else window), 0, key_length)
-        if window is not None:
-            first = ops.clip(position - window + 1, 0, end)
-    if segments is not None:
-        return _count_in_segments(segments, key_mask, first, end)
-    if key_mask is None:
-        if end is None:
-            return ops.reshape(ops.cast(key_length, "int32"), (1, 1, 1))
-        return ops.expand_dims(end if first is None else end - first, 1)  # [B|1, 1, T]
-    before = ops.cumsum(ops.cast(key_mask, "int32"), axis=1)  # [B, S], count of keys <= j
-    before = ops.cast(before, "int32")
-    if end is None:
-        return ops.expand_dims(before[:, -1:], 1)  # [B, 1, 1]
-    n = _count_before(before, end)
-    return ops.expand_dims(n if first is None else n - _count_before(before, first), 1)
+    return seen.guarded(seen.count)
 
 
-def _count_in_segments(segments: Any, key_mask: Any, first: Any, end: Any) -> Any:
-    """Keys of each query's segment in the stretch [first, end), `[B, 1, T]`."""
-    queries, keys = segments
-    length = ops.shape(queries)[1]
-    for x in (keys, key_mask, first, end):  # any of them may have the batch size that others lack
-        if x is not None:
-            queries = queries + ops.zeros((ops.shape(x)[0], 1), dtype_of(queries))
-    keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
-    index = ops.arange(ops.shape(keys)[3], dtype="int32")
-    stacks = [_stack_rows(x) for x in (queries, first, end)]
-
-    def count(i: Any, counts: Any) -> Any:
-        ids, low, high = (None if x is None else x[i] for x in stacks)  # [B|1, 1, rows, 1]
-        seen = ids == keys
-        for part in (
-            None if low is None else index >= low,
-            None if high is None else index < high,
-            None if key_mask is None else ops.expand_dims(key_mask, (1, 2)),
-        ):
-            seen = seen if part is None else ops.logical_and(seen, part)
-        return tiles.write(counts, i, _sum(seen, keepdims=True))
-
-    tile_count, *tile = ops.shape(stacks[0])
-    counts = tiles.empty(tile_count, tile, "int32")
-    counts = ops.fori_loop(0, tile_count, count, counts)
-    counts = tiles.merge(tiles.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
-    return ops.reshape(counts, (-1, 1, length))
+def end_of_window(position: Size, window: int, length: Size) -> Size:
+    """`position + window`, or `length` if that is less; free of overflow in int32."""
+    if is_known(position) and is_known(length):
+        return min(position + window, length)
+    return ops.where(position >= length - window, length, position + window)
 
 
-def _sum(seen: Any, keepdims: bool = False) -> Any:
+def compress_ids(queries: ArrayLike, keys: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+    """Numbers ids anew that int32 cannot hold, such as hashes, so that every backend can.
+
+    Ids that are tensors of the backend already are left as they are.
+    """
+    if any(hasattr(x, "dtype") and not isinstance(x, np.ndarray) for x in (queries, keys)):
+        return queries, keys
+    arrays = [np.asarray(x) for x in (queries, keys)]
+    if any(x.dtype.kind not in "iu" for x in arrays) or not any(map(_is_wide, arrays)):
+        return queries, keys
+    joined = np.concatenate([x.ravel() for x in arrays])
+    ids = np.unique(joined, return_inverse=True)[1].astype("int32")
+    ends = np.cumsum([x.size for x in arrays])
+    return ids[: ends[0]].reshape(arrays[0].shape), ids[ends[0] :].reshape(arrays[1].shape)
+
+
+def _is_wide(x: np.ndarray) -> bool:
+    limits = np.iinfo("int32")
+    return x.size > 0 and (x.min() < limits.min or x.max() > limits.max)
+
+
+def _length(length: Size) -> Size:
+    is_integer = isinstance(length, numbers.Integral)
+    return check_integer("a length", length, least=0) if is_integer else length
+
+
+def _sum(seen: Tensor, keepdims: bool = False) -> Tensor:
     """The number of True, int32 whatever a backend makes of such sums."""
     return cast(ops.sum(ops.cast(seen, "int32"), axis=-1, keepdims=keepdims), "int32")
 
 
-def _stack_rows(x: Any) -> Any:
+def _stack_rows(x: Tensor | None) -> Tensor | None:
     """`[B|1, T]` as a stack of tiles `[n, B|1, 1, rows, 1]`; `None` as it is."""
-    return None if x is None else tiles.split(ops.expand_dims(x, (2, 3)), ROWS)
+    return None if x is None else stacks.split(ops.expand_dims(x, (2, 3)), ROWS)
 
 
-def _count_before(running: Any, end: Any) -> Any:
+def _count_before(running: Tensor, end: Tensor) -> Tensor:
     """Entries of a running count `[B, S]` up to, not including, positions `[B|1, T]`."""
     running = ops.pad(running, ((0, 0), (1, 0)))  # [B, S + 1]
     if end.shape[0] == 1:
         return ops.take(running, end[0], axis=1)  # [B, T]
     return ops.take_along_axis(running, end, axis=1)  # [B, T]
-
-
-def _positions(query_length: Any, query_offset: Any) -> Any:
-    """Positions of the queries, int32 `[B|1, T]`."""
-    offset = cast(to_tensor(query_offset), "int32")
-    return ops.reshape(offset, (-1, 1)) + ops.arange(query_length, dtype="int32")
-
-
-def check_segments(segment_ids: Any, query_length: Any, key_length: Any) -> Any:
-    """Returns the segments of queries and keys, integers `[B, T]` and `[B, S]`, or raises."""
-    if segment_ids is None:
-        return None
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    if len(pair) != 2:
-        raise ValueError(
-            f"`segment_ids` must be [B, T] or a pair of tensors. Received: {len(pair)} of them"
-        )
-    pair = tuple(to_tensor(x) for x in pair)
-    for x, length in zip(pair, (query_length, key_length), strict=True):
-        known = None not in (x.shape[-1], length) and isinstance(length, int)
-        if len(x.shape) != 2 or (known and x.shape[1] != length):
-            raise ValueError(
-                f"`segment_ids` must have shape [B, T], with T = S = {length}, or be a pair of "
-                f"[B, T] and [B, S]. Received: shape {tuple(x.shape)}"
-            )
-        if "int" not in dtype_of(x):
-            raise TypeError(
-                f"`segment_ids` must be integers. Received: segment_ids with dtype {dtype_of(x)}"
-            )
-    wide = any(dtype_of(x) in ("int64", "uint64") for x in pair)  # such as hashes
-    return tuple(ops.cast(x, "int64" if wide else "int32") for x in pair)
-
-
-def check_visibility(
-    query_length: Any, key_length: Any, mask: Any, key_mask: Any, window: Any, query_offset: Any
-) -> tuple[Any, Any, Any, Any]:
-    """Raises for arguments that do not fit.
-
-    Returns the masks as `[B, H, T, S]` and `[B, S]`, the window, and the offset, an `int` or a
-    tensor.
-    """
-    lengths = tuple(x if isinstance(x, int) else None for x in (query_length, key_length))
-    mask = check_mask("mask", mask, rank=(2, 4))
-    if mask is not None:
-        check_broadcastable("mask", tuple(mask.shape[-2:]), lengths, "[T, S]")
-        mask = ops.expand_dims(mask, (0, 1)) if len(mask.shape) == 2 else mask
-    key_mask = check_mask("key_mask", key_mask, rank=2)
-    if key_mask is not None and lengths[1] not in (None, key_mask.shape[1] or lengths[1]):
-        raise ValueError(
-            f"`key_mask` must have shape [B, S] with S = {lengths[1]}. Received: key_mask with "
-            f"shape {tuple(key_mask.shape)}"
-        )
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1
-    ):
-        raise ValueError(
-            f"`window` must be a positive integer or None. Received: window={window!r}"
-        )
-    if isinstance(query_offset, numbers.Integral):
-        if isinstance(query_offset, bool) or query_offset < 0:
-            raise ValueError(
-                f"`query_offset` must be 0 or a positive integer. Received: "
-                f"query_offset={query_offset!r}"
-            )
-        query_offset = int(query_offset)
-    else:
-        query_offset = to_tensor(query_offset)
-        if "int" not in dtype_of(query_offset) or len(query_offset.shape) > 1:
-            raise ValueError(
-                "`query_offset` must be an integer or an integer tensor of shape [B]. Received: "
-                f"shape {tuple(query_offset.shape)}, dtype {dtype_of(query_offset)}"
-            )
-    return mask, key_mask, None if window is None else int(window), query_offset

@@ -7,9 +7,9 @@ from support import custom_layers as custom
 from support.cases import randomize
 from support.helpers import predict
 
+from keras_ssattn.conversion.converted import converted_below
 from keras_ssattn.layers import SSMax
 from keras_ssattn.models import convert_attention
-from keras_ssattn.models.converted import converted_below
 
 SHAPE = (5, 6)
 X = np.random.default_rng(3).normal(size=(2, *SHAPE)).astype("float32")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from support.helpers import predict
 
+from keras_ssattn.conversion.converted import converted_below, foreign_below
 from keras_ssattn.layers import SSMax
 from keras_ssattn.models import convert_attention
-from keras_ssattn.models.converted import converted_below, foreign_below
 
 pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
 

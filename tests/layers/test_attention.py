@@ -7,12 +7,13 @@ import keras
 import numpy as np
 import pytest
 from support import oracle
+from support.cases import NAMES, oracle_name
 from support.helpers import relative_error, to_numpy
 
 from keras_ssattn import layers
 from keras_ssattn.layers import MultiHeadAttention
+from keras_ssattn.ssmax import EdificeSSMax
 
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 BATCH, LENGTH, KEY_LENGTH = 2, 5, 7
 
 
@@ -62,9 +63,10 @@ def reference(layer, query, value, key=None, query_mask=None, value_mask=None, k
         project(layer, "query", query),
         project(layer, "key", key),
         project(layer, "value", value),
-        layer.normalizer.kernel,
+        oracle_name(layer.normalizer),
         s=s,
         b=b,
+        sink=to_numpy(getattr(layer.normalizer, "sink", 0.0)),
         length_scaled=scaled,
         return_weights=True,
         **visibility,
@@ -83,7 +85,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda c: "+".join(k for k in c if c[k]))
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_every_mask_combination(normalizer, chosen, data, rng):
     layer = MultiHeadAttention(3, 4, value_dim=5, normalizer=normalizer)
     arguments = {k: data[k] for k in ("query", "value", "key")}
@@ -134,7 +136,7 @@ def test_softmax_equals_keras(chosen, window, data, rng):
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_grouped_heads(normalizer, num_kv_heads, data, rng):
     layer = MultiHeadAttention(4, 3, num_kv_heads=num_kv_heads, normalizer=normalizer)
     layer.build(data["query"].shape, data["value"].shape)
@@ -165,7 +167,7 @@ def test_grouped_heads_equal_keras_grouped_query_attention(data, rng):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_sliding_window(normalizer, causal, data, rng):
     layer = MultiHeadAttention(2, 3, normalizer=normalizer, sliding_window=2)
     layer.build(data["query"].shape, data["value"].shape)
@@ -202,7 +204,7 @@ def test_scalable_softpick(kind, data, rng):
 
 
 def test_shift_formula_is_softmax(data, rng):
-    shift = MultiHeadAttention(2, 3, normalizer=layers.SSMax(formula="shift", init_s=2.0))
+    shift = MultiHeadAttention(2, 3, normalizer=EdificeSSMax(init_s=2.0))
     soft = MultiHeadAttention(2, 3, normalizer="softmax")
     for layer in (shift, soft):
         layer.build(data["query"].shape, data["value"].shape)
@@ -236,7 +238,7 @@ def test_output_shape(output_shape, data):
     assert layer.compute_output_shape((None, 5, 11), (None, 7, 13)) == (None, 5, *sizes)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_dropout_on_weights(normalizer, data):
     layer = MultiHeadAttention(2, 3, normalizer=normalizer, dropout=0.5, seed=3)
     inference, scores = layer(data["query"], data["value"], return_attention_scores=True)
@@ -279,7 +281,7 @@ def test_masks_attached_to_tensors_are_honored_and_the_querys_passed_on(data, rn
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_mixed_precision(normalizer, policy, data):
     keras.config.set_dtype_policy(policy)
     layer = MultiHeadAttention(2, 3, normalizer=normalizer)
@@ -350,7 +352,7 @@ def test_sizes_may_be_numpy_integers():
     assert all(type(config[name]) is int for name in ("num_heads", "key_dim", "sliding_window"))
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_packed_segments_do_not_see_each_other(normalizer, rng):
     x = rng.normal(size=(1, 9, 8)).astype("float32")
     layer = MultiHeadAttention(2, 4, normalizer=normalizer)
@@ -363,7 +365,7 @@ def test_packed_segments_do_not_see_each_other(normalizer, rng):
 def test_without_training_dropout_needs_no_weights(monkeypatch, data):
     layer = MultiHeadAttention(2, 3, dropout=0.5)
     layer.build((BATCH, LENGTH, 11), (BATCH, 7, 13))
-    monkeypatch.setattr("keras_ssattn.layers.attention.attention_weights", None)
+    monkeypatch.setattr("keras_ssattn.layers.attention.attend_weights", None)
     layer(data["query"], data["value"], training=False)
     with pytest.raises(TypeError, match="NoneType"):
         layer(data["query"], data["value"], training=True)

@@ -22,6 +22,7 @@ from keras_ssattn.layers import (
     QwenLogScale,
     RectifiedSoftpick,
     RotaryEmbedding,
+    SinkSoftmax,
     Softmax,
     Softpick,
     SSMax,
@@ -58,12 +59,17 @@ LAYERS = {
             use_bias=False,
             output_shape=(2, 3),
             sliding_window=4,
+            attention_axes=(1,),
+            flash_attention=False,
+            use_gate=True,
             rotary=RotaryEmbedding(fraction=0.7),
             qk_norm=True,
+            implementation="dense",
             kernel_initializer="he_normal",
             bias_initializer="ones",
             kernel_regularizer="l2",
             bias_regularizer="l1",
+            activity_regularizer="l2",
             kernel_constraint="max_norm",
             bias_constraint="non_neg",
             seed=5,
@@ -79,7 +85,7 @@ LAYERS = {
     QwenLogScale: (dict(train_length=4), dict(num_heads=2), (N,)),
     RectifiedSoftpick: (
         {},
-        dict(axis=(1, 2), epsilon=1e-3, length_scale=LogLengthScale(init_s=0.3)),
+        dict(axis=(1, 2), epsilon=1e-3, length_scale=LogLengthScale(init_s=0.3), num_heads=None),
         (X,),
     ),
     RotaryEmbedding: (
@@ -91,8 +97,21 @@ LAYERS = {
         ),
         (HEADS,),
     ),
-    Softmax: ({}, dict(axis=1, length_scale=LogLengthScale(use_bias=True)), (X,)),
-    Softpick: ({}, dict(axis=-2, length_scale=LogLengthScale(init_s=0.3)), (X,)),
+    SinkSoftmax: (
+        {},
+        dict(axis=-1, init_sink=0.5, length_scale=LogLengthScale(init_s=0.3), num_heads=3),
+        (X,),
+    ),
+    Softmax: (
+        {},
+        dict(axis=1, length_scale=LogLengthScale(use_bias=True), num_heads=None),
+        (X,),
+    ),
+    Softpick: (
+        {},
+        dict(axis=-2, length_scale=LogLengthScale(init_s=0.3), num_heads=None),
+        (X,),
+    ),
     SSMax: (
         {},
         dict(init_s="auto", use_bias=True, train_length=11, num_heads=3, axis=-1),
@@ -109,6 +128,8 @@ LAYERS = {
             sliding_window=4,
             rotary=RotaryEmbedding(theta=500.0),
             qk_norm=True,
+            use_gate=True,
+            implementation="dense",
             ffn_type="gated",
             ffn_expansion=1.5,
             activation="relu",
@@ -144,7 +165,7 @@ def test_every_public_layer_is_in_the_table():
 def test_table_names_every_constructor_argument(cls):
     required, other, _ = LAYERS[cls]
     names = set(inspect.signature(cls).parameters) - {"args", "kwargs"}
-    assert {*required, *other} == names - ({"formula"} if cls is SSMax else set())
+    assert {*required, *other} == names
 
 
 @pytest.mark.parametrize(("cls", "arguments", "inputs"), CASES)

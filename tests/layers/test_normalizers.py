@@ -7,12 +7,14 @@ from support import oracle
 from support.helpers import relative_error, to_numpy
 
 from keras_ssattn import layers
+from keras_ssattn.ssmax import EdificeSSMax
 
 LAYERS = {
     "softmax": layers.Softmax,
     "ssmax": layers.SSMax,
     "softpick": layers.Softpick,
     "rectified_softpick": layers.RectifiedSoftpick,
+    "sink_softmax": layers.SinkSoftmax,
 }
 
 
@@ -88,7 +90,7 @@ def test_ssmax_per_head(masked, rng):
 
 def test_ssmax_shift_is_softmax_and_its_s_is_fixed(rng):
     logits = rng.normal(size=(3, 7)).astype("float32")
-    layer = layers.SSMax(formula="shift", init_s=2.0)
+    layer = EdificeSSMax(init_s=2.0)
     actual = to_numpy(layer(logits))
     np.testing.assert_allclose(actual, oracle.normalize("softmax", logits), rtol=1e-6)
     assert layer.trainable_variables == []
@@ -161,8 +163,7 @@ ERRORS = [
     (lambda: layers.SSMax(init_s="auto"), "`train_length` must be an integer of 2 or more.*None"),
     (lambda: layers.SSMax(init_s="auto", train_length=1), "`train_length` must be.*=1"),
     (lambda: layers.SSMax(train_length=60), '`train_length` goes with `init_s="auto"`.*60'),
-    (lambda: layers.SSMax(formula="power"), "`formula` must be.*'power'"),
-    (lambda: layers.SSMax(formula="shift", use_bias=True), "`use_bias` must be False with"),
+    (lambda: EdificeSSMax(use_bias=True), "`use_bias` must be False in"),
     (lambda: layers.SSMax(num_heads=0), "`num_heads` must be a positive integer or None.*0"),
     (lambda: layers.Softpick(length_scale=3.0), "`length_scale` must be a `LengthScale`.*3.0"),
     (lambda: layers.RectifiedSoftpick(epsilon=-1), "`epsilon` must be a positive number.*-1"),

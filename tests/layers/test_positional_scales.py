@@ -113,8 +113,14 @@ ERRORS = [
     (lambda: ops.qwen_log_scale(0, 8), "`n` must be a number of keys, 1 or more.*0"),
     (lambda: layers.PositionTemperature("a"), "`beta` must be a finite number.*'a'"),
     (lambda: layers.PositionTemperature(float("inf")), "`beta` must be a finite number.*inf"),
-    (lambda: layers.PositionTemperature(0.1, 0), "`original_length` must be an integer of 1.*=0"),
-    (lambda: layers.PositionTemperature(0.1, 8.5), "`original_length` must be an integer.*8.5"),
+    (
+        lambda: layers.PositionTemperature(0.1, 0),
+        "`original_length` must be a positive integer.*=0",
+    ),
+    (
+        lambda: layers.PositionTemperature(0.1, 8.5),
+        "`original_length` must be a positive integer.*8.5",
+    ),
     (lambda: layers.PositionTemperature(first_position=2), "`first_position` must be 0 or 1.*=2"),
     (lambda: layers.QwenLogScale(1), "`train_length` must be an integer of 2 or more.*=1"),
     (lambda: layers.QwenLogScale(True), "`train_length` must be an integer of 2 or more.*=True"),
@@ -244,12 +250,11 @@ def test_query_aware_gradients_reach_the_query(rng):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_query_aware_builds_from_the_size_that_an_attention_layer_sets():
+def test_query_aware_is_built_with_the_shape_of_the_queries():
     scale = layers.QueryAwareScale()
-    normalizer = layers.Softmax(length_scale=scale).copy_for(3)
+    normalizer = layers.Softmax(length_scale=scale, num_heads=3)
     assert normalizer.length_scale.uses_query
-    normalizer.length_scale.query_size = 4
-    normalizer.build((None, 3, None, None))
+    normalizer.build_for_attention((None, None, 3, 4))
     assert normalizer.length_scale.factor_kernel.shape == (3, 64, 4)
     assert len(normalizer.trainable_weights) == 8
 

@@ -111,7 +111,7 @@ def test_attention_options_reach_attention(x):
     block.build(x.shape, x.shape)
     for attention, window in ((block.attention, 3), (block.context_attention, None)):
         assert (attention.num_heads, attention.key_dim, attention.num_kv_heads) == (4, 5, 2)
-        assert attention.normalizer.kernel == "softpick"
+        assert type(attention.normalizer) is layers.Softpick
         assert attention.qk_norm
         assert not attention.use_bias
         assert attention.sliding_window == window

@@ -4,12 +4,11 @@ import keras
 import numpy as np
 import pytest
 from support import oracle
+from support.cases import NAMES
 from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
 from keras_ssattn import softpick, ssmax
-
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 
 
 def small(**options):
@@ -76,7 +75,7 @@ def test_names_of_variables_are_stable():
     )
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_is_the_composition_of_its_layers(normalizer, x):
     model = small(normalizer=normalizer, output_mode="all")
     y = x
@@ -85,7 +84,7 @@ def test_is_the_composition_of_its_layers(normalizer, x):
     np.testing.assert_allclose(to_numpy(model(x)), to_numpy(y), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_causal(normalizer, x):
     model = small(normalizer=normalizer, output_mode="all")
     changed = x.copy()
@@ -95,7 +94,7 @@ def test_causal(normalizer, x):
     assert relative_error(before[:, 4:], after[:, 4:]) > 1e-3
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_output_modes(normalizer, x):
     models = {m: small(normalizer=normalizer, output_mode=m)
               for m in ("all", "last_timestep", "mean_pool")}  # fmt: skip
@@ -109,7 +108,7 @@ def test_output_modes(normalizer, x):
 
 @pytest.mark.parametrize("mode", ["all", "last_timestep", "mean_pool"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_padding_is_invisible(normalizer, side, mode, x):
     model = small(normalizer=normalizer, output_mode=mode, window_size=None)
     kept = np.arange(7) >= 3 if side == "left" else np.arange(7) < 4
@@ -120,7 +119,7 @@ def test_padding_is_invisible(normalizer, side, mode, x):
 
 
 @pytest.mark.parametrize("mode", ["last_timestep", "mean_pool"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_a_fully_padded_sequence_is_finite(normalizer, mode, x):
     model = small(normalizer=normalizer, output_mode=mode)
     mask = np.array([[True] * 7, [False] * 7, [True] * 7])

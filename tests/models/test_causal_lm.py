@@ -7,8 +7,9 @@ from support.cases import VOCABULARY, tokens
 from support.helpers import FORMATS, changed, predict, reload, to_numpy, values
 from support.language import PROMPTS, assert_greedy, language_model, make
 
+from keras_ssattn.layers import Softpick
 from keras_ssattn.models import CausalLM
-from keras_ssattn.models.configurations import CONFIGURATIONS
+from keras_ssattn.models.presets import CONFIGURATIONS
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_named_configurations_are_of_the_size_that_they_say(name, millions):
     model = CausalLM.from_name(name, normalizer="softpick", padding_id=0)
     assert model.count_params() / 1e6 == pytest.approx(millions, abs=0.05)
     assert model.get_config()["padding_id"] == 0
-    assert model.blocks[0].attention.normalizer.kernel == "softpick"
+    assert type(model.blocks[0].attention.normalizer) is Softpick
 
 
 def test_unknown_name_of_a_configuration():

@@ -1,7 +1,6 @@
 """`ops.attention` on every path against the oracle."""
 
 import functools
-import importlib
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -10,11 +9,12 @@ import keras
 import numpy as np
 import pytest
 from support import oracle
+from support.cases import NAMES
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
+from keras_ssattn.ops._attention import choice
 
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 HALVES = ("bfloat16", "float16")
 
 CASES = {
@@ -55,7 +55,11 @@ def inputs(rng, heads=4, kv_heads=4, length=5, key_length=7, size=8, value_size=
 
 def implementations(normalizer):
     # Keras before 3.14 cannot give PyTorch's kernel the masks that it needs.
-    fused = keras.backend.backend() == "torch" and normalizer in ("softmax", "ssmax")
+    fused = keras.backend.backend() == "torch" and normalizer in (
+        "softmax",
+        "ssmax",
+        "sink_softmax",
+    )
     fused = fused and tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
     return ("dense", "tiled", "fused") if fused else ("dense", "tiled")
 
@@ -63,8 +67,8 @@ def implementations(normalizer):
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """So that a few positions make several tiles."""
-    monkeypatch.setattr("keras_ssattn.ops.tiled.QUERY_TILE", 4)
-    monkeypatch.setattr("keras_ssattn.ops.tiled.KEY_TILE", 3)
+    monkeypatch.setattr("keras_ssattn.ops._attention.tiled.band.QUERY_TILE", 4)
+    monkeypatch.setattr("keras_ssattn.ops._attention.tiled.band.KEY_TILE", 3)
 
 
 def test_auto_is_fused_on_torch_only(backend, rng):
@@ -109,7 +113,7 @@ def test_fused_on_jax_asks_a_gpu_for_flash_attention(backend, monkeypatch, rng):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_values_equal_oracle(normalizer, case, rng):
     q, k, v = inputs(rng)
     expected, weights = oracle.attention(q, k, v, normalizer, return_weights=True, **case)
@@ -121,7 +125,7 @@ def test_values_equal_oracle(normalizer, case, rng):
 
 
 @pytest.mark.parametrize("case", ["all", "causal", "all padding", "everything"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_gradients_equal_finite_differences(normalizer, case, rng):
     case = {k: v[:, :2] if k == "mask" else v for k, v in CASES[case].items()}
     arrays = inputs(rng, heads=2, kv_heads=1, size=3, value_size=2)
@@ -137,7 +141,7 @@ def test_gradients_equal_finite_differences(normalizer, case, rng):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_grouped_heads(normalizer, kv_heads, rng):
     q, k, v = inputs(rng, kv_heads=kv_heads)
     mask = rng.random((2, 4, 5, 7)) < 0.7
@@ -148,7 +152,7 @@ def test_grouped_heads(normalizer, kv_heads, rng):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_masking_a_key_is_dropping_it(normalizer, case, rng):
     """One query at a time: its visible keys alone, with no mask at all, give the same."""
     q, k, v = inputs(rng)
@@ -168,7 +172,7 @@ def test_masking_a_key_is_dropping_it(normalizer, case, rng):
         np.testing.assert_allclose(out[b, i, h], to_numpy(one)[0, 0, 0], rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_what_is_masked_does_not_matter(normalizer, rng):
     q, k, v = inputs(rng)
     mask = np.arange(7) < np.array([[4], [7]])
@@ -181,7 +185,7 @@ def test_what_is_masked_does_not_matter(normalizer, rng):
         np.testing.assert_array_equal(to_numpy(run(q, k, v)), to_numpy(run(q, other_k, other_v)))
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_queries_without_a_key_are_zero_in_value_and_gradient(normalizer, rng):
     arrays = inputs(rng)
     key_mask = np.array([[False] * 7, [True] * 7])
@@ -200,7 +204,7 @@ def test_queries_without_a_key_are_zero_in_value_and_gradient(normalizer, rng):
             assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_no_keys_at_all(normalizer, rng):
     q, k, v = inputs(rng, key_length=0)
     out = to_numpy(ops.attention(q, k, v, normalizer))
@@ -239,7 +243,7 @@ def test_scale_and_epsilon(rng):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_half_precision(normalizer, dtype, rng):
     halves = [keras.ops.cast(x, dtype) for x in inputs(rng)]
     exact = [to_numpy(x) for x in halves]
@@ -255,7 +259,7 @@ def test_half_precision(normalizer, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_huge_logits_under_a_mask(normalizer, dtype, rng):
     """Logits far below any finite stand-in for -inf: the masked keys must still not win."""
     q, k, v = inputs(rng, heads=1, kv_heads=1, size=1)
@@ -285,7 +289,7 @@ def zeros(*shape, dtype="float32"):
     return np.zeros(shape, dtype)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(
     shape=st.sampled_from([(1, 1, 2, 1), (5, 7, 2, 2), (7, 5, 2, 1)]),
@@ -315,7 +319,7 @@ def test_any_visibility(
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=2 * tolerance)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", NAMES)
 def test_a_length_scale_does_not_overflow_a_half_query(normalizer, rng):
     """Large queries and small keys: the logits are moderate, the scaled query is not."""
     q, k, v = inputs(rng, length=7)
@@ -350,16 +354,15 @@ def test_a_functional_model_computes_what_was_asked_for(implementation, monkeypa
     y = ops.attention(*symbols[:3], "softpick", key_mask=symbols[3], **options)
     keras.Model(symbols, y).save(tmp_path / "model.keras")
     model = keras.saving.load_model(tmp_path / "model.keras")
-    module, called = importlib.import_module("keras_ssattn.ops.attention"), []
-    monkeypatch.setattr(module, "DENSE_UP_TO", 6)
-    for name, compute in list(module.COMPUTE.items()):
+    called = []
+    monkeypatch.setattr(choice, "DENSE_UP_TO", 6)
+    for name, compute in list(choice.IMPLEMENTATIONS.items()):
 
         def spy(*args, name=name, compute=compute):
             called.append(name)
             return compute(*args)
 
-        monkeypatch.setattr(getattr(module, name), "attention", spy)
-        monkeypatch.setitem(module.COMPUTE, name, spy)
+        monkeypatch.setitem(choice.IMPLEMENTATIONS, name, spy)
     key_mask = rng.random((2, 7)) < 0.7
     case["segment_ids"] = tuple(np.repeat(x, 2, axis=0) for x in case["segment_ids"])
     expected = oracle.attention(q, k, v, "softpick", key_mask=key_mask, **case)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_ssattn import layers, ops
+from keras_ssattn import layers, ops, ssmax
 
 
 def zeros(*shape):
@@ -52,8 +52,7 @@ LOGITS = [
     (lambda: ops.ssmax([1.0], s=math.nan), ValueError, "`s` must be a finite number.*nan"),
     (lambda: ops.ssmax([1.0], s=[1]), TypeError, "`s` must have a floating-point dtype"),
     (lambda: ops.ssmax([1.0], b=math.inf), ValueError, "`b` must be a finite number.*inf"),
-    (lambda: ops.ssmax([1.0], formula="log"), ValueError, "`formula` must be.*'log'"),
-    (lambda: ops.ssmax([1.0], b=1.0, formula="shift"), ValueError, "`b` must be 0 with.*shift"),
+    (lambda: ssmax.compute([1.0], 1.0, 1, formula="log"), ValueError, "`formula` must be.*'log'"),
     (lambda: ops.rectified_softpick([1.0], epsilon=0), ValueError, "`epsilon` must be a positive"),
     (
         lambda: ops.rectified_softpick([1.0], epsilon=math.nan),

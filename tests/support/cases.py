@@ -8,12 +8,18 @@ from keras_ssattn.layers import (
     LogLengthScale,
     MultiHeadAttention,
     RectifiedSoftpick,
+    SinkSoftmax,
     Softpick,
     SSMax,
 )
 from keras_ssattn.models import CausalLM
+from keras_ssattn.ops import kernels
+from keras_ssattn.ssmax import EdificeSSMax
 
 TIME, FEATURES = 7, 6
+
+# The names of the normalizers, each with the row of the oracle and the kernel that it has.
+NAMES = ("softmax", "ssmax", "softpick", "rectified_softpick", "sink_softmax")
 
 # Every `normalizer=` that users are promised, as factories: a layer belongs to one model.
 NORMALIZERS = {
@@ -23,16 +29,26 @@ NORMALIZERS = {
     "rectified_softpick": lambda: "rectified_softpick",
     "ssmax_bias": lambda: SSMax(use_bias=True),
     "ssmax_fixed": lambda: SSMax(trainable=False),
-    "ssmax_shift": lambda: SSMax(formula="shift"),
+    "ssmax_shift": lambda: EdificeSSMax(),
     "ssmax_auto": lambda: SSMax(init_s="auto", train_length=TIME),
     "softpick_scaled": lambda: Softpick(length_scale=LogLengthScale(init_s=0.3)),
     "rectified_softpick_epsilon": lambda: RectifiedSoftpick(epsilon=1e-4),
+    "sink_softmax": lambda: "sink_softmax",
+    "sink_softmax_scaled": lambda: SinkSoftmax(init_sink=0.5, length_scale=LogLengthScale()),
 }
 
 # Those that move between backends: one of each formula, with every kind of parameter.
-TRAVELERS = ("softmax", "ssmax_bias", "softpick_scaled", "rectified_softpick")
+TRAVELERS = (
+    "softmax", "ssmax_bias", "softpick_scaled", "rectified_softpick", "sink_softmax_scaled",
+)  # fmt: skip
 MODELS = (*TRAVELERS, "language_model")
 VOCABULARY = 13
+
+
+def oracle_name(normalizer):
+    """The row of the oracle that a normalizer layer has, but for its length scale."""
+    kernel = type(normalizer.kernel())
+    return next(name for name in NAMES if kernels.KERNELS[name] is kernel)
 
 
 def attention_model(normalizer, **options):

@@ -9,6 +9,8 @@ FORMATS = [".keras", ".weights.h5"]
 
 
 def to_numpy(x):
+    if isinstance(x, float):
+        return np.asarray(x)
     return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32") if _is_bfloat16(x) else x)
 
 

@@ -29,11 +29,18 @@ def rectified_softpick_row(x, epsilon=1e-6):
     return np.maximum(f, 0.0) / (np.abs(f).sum() + epsilon * np.exp(-m))
 
 
+def sink_softmax_row(x, sink=0.0):
+    m = max(x.max(), sink)
+    e = np.exp(x - m)
+    return e / (np.exp(sink - m) + e.sum())
+
+
 ROWS = {
     "softmax": softmax_row,
     "ssmax": ssmax_row,
     "softpick": softpick_row,
     "rectified_softpick": rectified_softpick_row,
+    "sink_softmax": sink_softmax_row,
 }
 
 
@@ -74,10 +81,10 @@ def visible(
 
 
 def attention(query, key, value, name="softmax", scale=None, s=1.0, b=0.0, length_scaled=None,
-              epsilon=1e-6, return_weights=False, **visibility):  # fmt: skip
+              epsilon=1e-6, sink=0.0, return_weights=False, **visibility):  # fmt: skip
     """Attention on `[B, T, H, D]`, `[B, S, K, D]`, `[B, S, K, Dv]`, one head at a time.
 
-    `length_scaled` multiplies the logits by `s log n + b`; it is on for ssmax. s and b may
+    `length_scaled` multiplies the logits by `s log n + b`; it is on for ssmax. s, b and sink may
     have one value per head.
     """
     query, key, value = (np.asarray(x, "float64") for x in (query, key, value))
@@ -85,7 +92,7 @@ def attention(query, key, value, name="softmax", scale=None, s=1.0, b=0.0, lengt
     groups = heads // key.shape[2]
     scale = size**-0.5 if scale is None else scale
     seen = visible(length, key.shape[1], batch, heads, **visibility)
-    s, b = np.broadcast_to(s, (heads,)), np.broadcast_to(b, (heads,))
+    s, b, sink = (np.broadcast_to(x, (heads,)) for x in (s, b, sink))
     if name == "ssmax":
         name, length_scaled = "softmax", True
     options = {"epsilon": epsilon} if name == "rectified_softpick" else {}
@@ -96,6 +103,8 @@ def attention(query, key, value, name="softmax", scale=None, s=1.0, b=0.0, lengt
         if length_scaled:
             n = np.maximum(seen[i, h].sum(-1, keepdims=True), 1)
             logits = logits * (s[h] * np.log(n) + b[h])
+        if name == "sink_softmax":
+            options = {"sink": sink[h]}
         weights[i, h] = normalize(name, logits, seen[i, h], **options)
         out[i, :, h] = weights[i, h] @ value[i, :, h // groups]
     return (out, weights) if return_weights else out
@@ -103,7 +112,7 @@ def attention(query, key, value, name="softmax", scale=None, s=1.0, b=0.0, lengt
 
 def logit_gradient(name, x, weights, upstream, epsilon=1e-6):
     """Gradient of sum(weights * upstream) over one row of moderate logits."""
-    if name == "softmax":
+    if name in ("softmax", "sink_softmax"):
         return weights * (upstream - weights @ upstream)
     if name == "softpick":
         slope, magnitude_slope, constant = np.ones_like(x), np.sign(x), 1.0

@@ -1,0 +1,56 @@
+"""A function that calls layers, compiled by the backend; the one file that knows frameworks."""
+
+from collections.abc import Callable, Hashable
+
+import keras
+
+from keras_ssattn._typing import Tensor
+
+
+def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+    """Compiles a function of tensors that reads `variables` and changes nothing.
+
+    By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
+    TensorFlow. PyTorch runs it eagerly, without gradients.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def stateless(values: list[Tensor], *args: Tensor) -> Tensor:
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*args)
+
+        compiled = jax.jit(stateless)
+        return lambda *args: compiled([v.value for v in variables], *args)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if backend == "torch":
+        import torch
+
+        return torch.no_grad()(function)
+    return function
+
+
+class CompiledFunctions:
+    """Functions compiled for a model, by their options, for the variables that it has now.
+
+    An object that is no dictionary: those that belong to a model Keras and TensorFlow save.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[Hashable, Callable] = {}
+        self.variables: list[keras.Variable] = []
+
+    def get(self, options: Hashable, make: Callable, variables: list[keras.Variable]) -> Callable:
+        """The one of these options, compiled from what `make()` returns if there is none."""
+        if [id(v) for v in variables] != [id(v) for v in self.variables]:
+            # as after quantization: those of the variables before would keep them in memory
+            self.functions.clear()
+            self.variables = list(variables)
+        if options not in self.functions:
+            self.functions[options] = compile_function(make(), variables)
+        return self.functions[options]

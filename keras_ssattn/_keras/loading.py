@@ -1,0 +1,51 @@
+"""Layers that take their own weights from a file, and refuse any other."""
+
+import weakref
+from collections.abc import Mapping
+
+import keras
+
+from keras_ssattn._typing import Tensor
+
+
+class StrictLoading(keras.layers.Layer):
+    """A layer that, once a file has weights that are not its own, refuses that file for good.
+
+    In a subclassed model Keras looks for a layer under more than one name, and forgets a refusal
+    where it then finds nothing and the layer expects nothing.
+    """
+
+    _refused: tuple[weakref.ref, str] | None = None  # the file, and the error
+
+    def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
+        file = getattr(store, "h5_file", None)
+        if file is not None and self._refused is not None and self._refused[0]() is file:
+            raise ValueError(self._refused[1])
+        try:
+            super().load_own_variables(store)
+        except ValueError as error:
+            message = self.explain(len(store.keys())) or str(error)
+            self._refused = None if file is None else (weakref.ref(file), message)
+            raise ValueError(message) from error
+
+    def explain(self, num_found: int) -> str | None:
+        """What to say of a file with `num_found` weights for this layer; `None` for Keras's."""
+        return None
+
+
+class NoWeights(StrictLoading, keras.layers.Identity):
+    """Stands where an optional layer is left out, and does nothing.
+
+    Keras passes over the weights of a file that belong to no layer of the model. With this
+    layer in the place, which expects none, such a file is refused.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x  # without what Keras does around a call, which on PyTorch takes time
+
+
+def freeze_sublayers(layer: keras.Layer) -> None:
+    """Carries `trainable=False` on to the layers that `build` has just made."""
+    if not layer.trainable:
+        layer.trainable = True  # on TensorFlow, setting the value that it has does nothing
+        layer.trainable = False

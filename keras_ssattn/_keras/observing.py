@@ -1,0 +1,44 @@
+"""Observers: what watches the layers of this package while they run, such as `analysis.record`.
+
+Layers ask `observer()` as they run and tell it what they did. It belongs to a context: other
+threads, and code outside of the `with`, do not see it.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Protocol
+
+import keras
+
+from keras_ssattn._typing import Tensor
+
+
+class Observer(Protocol):
+    """What is told of each call of a layer."""
+
+    def attended(self, layer: keras.Layer, weights: Tensor, visible: Tensor) -> None:
+        """Attention has run, with weights and a boolean mask of the shape `[B, H, T, S]`."""
+
+    def transformed(self, layer: keras.Layer, values: Tensor, mask: Tensor | None) -> None:
+        """A block has given values `[B, T, E]`, of positions `[B, T]` that are no padding."""
+
+
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
+    "keras_ssattn_observer", default=None
+)
+
+
+def observer() -> Observer | None:
+    """The observer of this context, if there is one."""
+    return _observer.get()
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer | None) -> Iterator[None]:
+    """While it lasts, layers in this context tell `observer` what they do."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)

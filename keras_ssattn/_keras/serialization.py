@@ -1,0 +1,100 @@
+"""Layers as specifications, and dtype policies in configs."""
+
+import copy
+import dataclasses
+import inspect
+import re
+
+import keras
+
+from keras_ssattn._checks import did_you_mean
+from keras_ssattn._typing import Config, Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Specification:
+    """The class and the options of a layer that is still to be made, any number of times.
+
+    Attributes:
+        cls: the class, which need not be registered.
+        options: of its constructor; one may be a specification itself.
+    """
+
+    cls: type[keras.Layer]
+    options: Config
+
+    @classmethod
+    def of(cls, layer: Layer, **parts: "Specification") -> "Specification":
+        """That of a layer; its weights are not shared. `parts` are options as specifications."""
+        return cls(type(layer), {**copy.deepcopy(layer.get_config()), **parts})
+
+    def make(self, **options: object) -> Layer:
+        """A new layer, with some options other than its own."""
+        plain = {k: copy.deepcopy(v) for k, v in self.options.items() if k not in options}
+        return self.cls.from_config({**plain, **options})
+
+    def serialize(self) -> Config:
+        """What `keras.saving.serialize_keras_object` gives of an unbuilt layer."""
+        options = {
+            name: value.serialize() if isinstance(value, Specification) else copy.deepcopy(value)
+            for name, value in self.options.items()
+        }
+        return {
+            "module": self.cls.__module__,
+            "class_name": self.cls.__name__,
+            "config": options,
+            "registered_name": keras.saving.get_registered_name(self.cls),
+        }
+
+
+def serialize_options(layer: Layer) -> Config:
+    """The class and options of a layer held by another, the same before and after building."""
+    config = keras.saving.serialize_keras_object(layer)
+    config.pop("build_config", None)
+    return config
+
+
+def serialize_policy(layer: Layer) -> Config:
+    """The `dtype` entry of a layer's config, where quantization has changed its projections.
+
+    A layer with projections of its own dtype policies, as `model.quantize("int8")` makes
+    them, is restored only from a map of policies by path.
+    """
+    if not layer.built:
+        return {}
+    quantized = [p for p in layer.projections() if p.quantization_mode is not None]
+    if not quantized:
+        return {}
+    default = layer.dtype_policy
+    if isinstance(default, keras.dtype_policies.DTypePolicyMap):
+        default = default.default_policy
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=default)
+    above = len(layer.path) - len(layer.name)
+    for projection in quantized:
+        # The path above this layer depends on who builds it, a loaded model or a new one.
+        path = re.escape(projection.path[above:])
+        policies[f"^(.*/)?{path}$"] = projection.dtype_policy
+    return {"dtype": keras.dtype_policies.serialize(policies)}
+
+
+LAYER_OPTIONS = (
+    "activity_regularizer", "autocast", "batch_input_shape", "batch_shape", "batch_size", "dtype",
+    "input_dtype", "input_shape", "name", "sparse", "trainable", "weights",
+)  # fmt: skip
+
+
+def check_options(owner: object, options: Config, hints: dict[str, str]) -> None:
+    """Raises for a keyword that neither a layer nor Keras's base class takes.
+
+    Args:
+        owner: the layer that is being made.
+        options: the keywords left over, for Keras's base class.
+        hints: by a wrong keyword that is likely, what to say of it.
+    """
+    for name in options:
+        if name not in LAYER_OPTIONS:
+            known = inspect.signature(type(owner)).parameters
+            hint = f". {hints[name]}" if name in hints else did_you_mean(name, known)
+            raise TypeError(
+                f"{type(owner).__name__}() got an unexpected keyword argument {name!r}{hint}"
+            )

@@ -1,0 +1,57 @@
+"""Tensors of any backend: their dtypes, and sizes that may be unknown.
+
+A known size is an `int`. Anything else (`None`, a tensor, the symbol of a tracer) is unknown: it
+is never compared in Python, and never decides which path is taken.
+"""
+
+import keras
+from keras import ops
+
+from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
+
+
+def to_tensor(x: ArrayLike) -> Tensor:
+    """Converts arrays, lists and numbers to a tensor; leaves symbolic ones alone."""
+    return x if keras.utils.is_keras_tensor(x) else ops.convert_to_tensor(x)
+
+
+def dtype_of(x: Tensor) -> DType:
+    return keras.utils.standardize_dtype(x.dtype)
+
+
+def cast(x: Tensor, dtype: DType) -> Tensor:
+    """`ops.cast`, at no cost where there is nothing to do: eager decoding is made of such calls."""
+    return x if dtype_of(x) == dtype else ops.cast(x, dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Casts to float32, the precision of all arithmetic here; float64 stays."""
+    return x if dtype_of(x) == "float64" else cast(x, "float32")
+
+
+def multiply_wide(x: Tensor, factor: Tensor) -> Tensor:
+    """`x` times a factor, in float32 or, where x has it, float64."""
+    x = widen(x)
+    return x * cast(factor, dtype_of(x))
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """`ops.matmul`, which on PyTorch computes float64 in float32."""
+    return x @ y if dtype_of(x) == "float64" else ops.matmul(x, y)
+
+
+def is_known(size: Size) -> bool:
+    return isinstance(size, int)
+
+
+def may_be_equal(size: Size, other: Size) -> bool:
+    """False if both sizes are known and differ."""
+    return not (is_known(size) and is_known(other)) or size == other
+
+
+def zero_if_equal(size: Size, other: Size) -> Tensor:
+    """0.0, for two sizes of which one is unknown, computed so that it fails if they differ.
+
+    Add it to something that is used: a graph leaves out what is not.
+    """
+    return ops.sum(ops.reshape(ops.zeros((size,)), (other,)))

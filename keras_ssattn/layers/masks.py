@@ -1,0 +1,138 @@
+"""Masks as Keras gives them to layers, checked and brought into the shapes of `ops`."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_ssattn._checks import check_broadcastable, check_mask
+from keras_ssattn._tensors import is_known
+from keras_ssattn._typing import ArrayLike, Size, Tensor
+from keras_ssattn.ops import Cache, Visibility
+from keras_ssattn.ops.cache import check_index, write_at
+from keras_ssattn.ops.visibility import Sizes
+
+
+def align_left(mask: ArrayLike | None, logits: Tensor) -> Tensor | None:
+    """A mask with as many axes as the logits, those it lacks last, as Keras's masks lack them."""
+    if mask is None:
+        return None
+    mask = check_mask("mask", mask)
+    rank = len(logits.shape)
+    if len(mask.shape) == rank:
+        return mask
+    if len(mask.shape) == 2 and rank > 2:
+        return ops.expand_dims(mask, tuple(range(2, rank)))
+    raise ValueError(
+        f"`mask` must have the rank of the logits, or be Keras's own of shape [batch, time]. "
+        f"Received: mask with shape {tuple(mask.shape)}, logits with shape {tuple(logits.shape)}"
+    )
+
+
+def padding_mask(
+    name: str, mask: ArrayLike | None, sizes: Sizes, axes: str, length: Size
+) -> Tensor | None:
+    """A mask of batch and time, checked against the batch and a length."""
+    mask = check_mask(name, mask, rank=2)
+    if mask is None:
+        return None
+    check_broadcastable(name, tuple(mask.shape), (sizes.batch, length), axes)
+    is_one = is_known(mask.shape[1]) and mask.shape[1] == 1
+    if not is_one:
+        sizes.match(ops.shape(mask)[1], length)
+    return mask
+
+
+def both_masks(
+    value_mask: ArrayLike | None, key_mask: ArrayLike | None, sizes: Sizes, length: Size
+) -> Tensor | None:
+    """The keys that neither mask calls padding, `[B, S]`."""
+    if key_mask is value_mask:
+        key_mask = None
+    value_mask = padding_mask("value_mask", value_mask, sizes, "[B, S]", length)
+    key_mask = padding_mask("key_mask", key_mask, sizes, "[B, S]", length)
+    if value_mask is None or key_mask is None:
+        return value_mask if key_mask is None else key_mask
+    return ops.logical_and(value_mask, key_mask)
+
+
+class CallMasks(NamedTuple):
+    """The masks of a call of attention, as its caller gave them."""
+
+    query: ArrayLike | None
+    value: ArrayLike | None
+    key: ArrayLike | None = None
+    attention: Tensor | None = None  # [B|1, H|1, T|1, S|1]
+
+
+def see(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    masks: CallMasks,
+    causal: bool,
+    segment_ids: ArrayLike | None = None,
+    cache: Cache | None = None,
+    cache_index: int | ArrayLike = 0,
+) -> tuple[Visibility, Tensor | None]:
+    """The visibility that a call of attention asks for, and the mask of its queries.
+
+    Args:
+        inputs: query, value and key, `[B, T, E]`, `[B, S, Ev]` and `[B, S, Ek]`.
+        masks: those of the call.
+        causal, segment_ids, cache, cache_index: as in `MultiHeadAttention`.
+    """
+    query, value, key = inputs
+    batch, length = ops.shape(query)[:2]
+    value_batch, value_length = ops.shape(value)[:2]
+    sizes = Sizes(batch, None, length, value_length if cache is None else cache[0].shape[1])
+    if value is not query and not sizes.match(value_batch, batch):
+        raise ValueError(
+            "`query` and `value` must have the same batch size. Received: query with shape "
+            f"{tuple(query.shape)}, value with shape {tuple(value.shape)}"
+        )
+    if key is not value and not (
+        sizes.match(ops.shape(key)[1], value_length) and sizes.match(ops.shape(key)[0], batch)
+    ):
+        raise ValueError(
+            "`value` and `key` must have the same sizes but for the features. Received: value "
+            f"with shape {tuple(value.shape)}, key with shape {tuple(key.shape)}"
+        )
+    query_mask = padding_mask("query_mask", masks.query, sizes, "[B, T]", length)
+    if value is query and masks.value is masks.query and masks.key is None:
+        key_mask = query_mask
+    else:
+        key_mask = both_masks(masks.value, masks.key, sizes, value_length)
+    segments = sizes.check_segments(segment_ids)
+    if cache is None:
+        seen = Visibility(
+            length, value_length, causal, mask=masks.attention, key_mask=key_mask,
+            segments=segments, guard=sizes.guard,
+        )  # fmt: skip
+    else:
+        seen = see_cache(cache, cache_index, value, key_mask, masks.attention, sizes.guard)
+    return seen, query_mask
+
+
+def see_cache(
+    cache: Cache,
+    index: int | ArrayLike,
+    tokens: Tensor,
+    key_mask: Tensor | None,
+    mask: Tensor | None = None,
+    guard: Tensor | None = None,
+) -> Visibility:
+    """What `tokens`, `[B, T, ...]`, see that are written to a cache from `index` on."""
+    batch, length = ops.shape(tokens)[:2]
+    index = check_index(cache, index, length)
+    if not isinstance(index, int):
+        check_broadcastable("cache_index", tuple(index.shape), (batch,), "[B]")
+    key_mask = ops.ones((1, 1), "bool") if key_mask is None else key_mask
+    key_mask = write_at(cache[2], index, ops.broadcast_to(key_mask, (batch, length)))
+    return Visibility(
+        length, ops.shape(cache[0])[1], True, None, index, mask, key_mask, None, guard
+    )
+
+
+def hide_rows(x: Tensor, query_mask: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """Zeros where a query is padding; the mask `[B, T]` lacks these axes of `x`."""
+    if query_mask is None:
+        return x
+    return ops.where(ops.expand_dims(query_mask, axes), x, ops.zeros_like(x))

@@ -1,0 +1,125 @@
+"""Attention of checked arguments, by the implementation asked for or the fastest."""
+
+import functools
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+from keras_ssattn._tensors import dtype_of, is_known, widen
+from keras_ssattn._typing import Number, Tensor
+from keras_ssattn.ops import kernels
+from keras_ssattn.ops._attention import dense, fused
+from keras_ssattn.ops._attention.tiled import gradient as tiled
+from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.visibility import Visibility
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "dense": dense.attention,
+    "tiled": tiled.attention,
+    "fused": fused.attention,
+}
+CHOICES = ("auto", *IMPLEMENTATIONS)
+IMPLEMENTATIONS["flash"] = functools.partial(fused.attention, flash=True)  # layers ask for it
+# T * S beyond which tiles are faster than all weights, measured on two CPU cores; and the most
+# entries of a mask for the fused kernel, 16 MiB in float32.
+DENSE_UP_TO, MASKED_UP_TO = 2**19, 2**22
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+    implementation: str = "auto",
+) -> Tensor:
+    """`attention` of arguments that have been checked; layers call it.
+
+    Args:
+        query: as in `attention`.
+        key: likewise.
+        value: likewise.
+        kernel: a `Kernel`, whose own tensors have one value per query head.
+        factor: what the query is multiplied by, with the scale in it: a number, or a tensor
+            broadcastable to `[B, T, H, 1]`.
+        visibility: a `Visibility` of these lengths.
+        implementation: as in `attention`.
+
+    Returns:
+        As `attention`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> q = keras.random.normal((2, 7, 4, 16))
+    >>> seen = ops.Visibility.of(7, 7, causal=True)
+    >>> ops.attend(q, q, q, ops.kernels.Softpick(), 0.25, seen).shape
+    (2, 7, 4, 16)
+    """
+    if implementation in ("fused", "flash"):
+        _require_fused(query, key, value, kernel, visibility)
+    if visibility.guard is not None:
+        factor = visibility.guarded(ops.convert_to_tensor(factor, dtype_of(widen(query))))
+    if any(is_known(size) and size == 0 for x in (query, key) for size in x.shape[:2]):
+        implementation = "dense"  # nothing to compute, and PyTorch has no maximum of nothing
+    if implementation == "auto":
+        implementation = _fastest(query, key, value, kernel, visibility)
+    return IMPLEMENTATIONS[implementation](query, key, value, kernel, factor, visibility)
+
+
+def attend_weights(
+    query: Tensor,
+    key: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+) -> Tensor:
+    """`attention_weights` of arguments that have been checked, as `attend` takes them.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> q = keras.random.normal((2, 7, 4, 16))
+    >>> seen = ops.Visibility.of(7, 7, causal=True)
+    >>> ops.attend_weights(q, q, ops.kernels.Softmax(), 0.25, seen).shape
+    (2, 4, 7, 7)
+    """
+    if visibility.guard is not None:
+        factor = visibility.guarded(ops.convert_to_tensor(factor, dtype_of(widen(query))))
+    return dense.weights(query, key, kernel, factor, visibility)
+
+
+def _fastest(
+    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
+) -> str:
+    """The implementation that `"auto"` takes; see `attention`."""
+    size = ops.shape(query)[1] * ops.shape(key)[1]
+    fits = not visibility.needs_mask or (is_known(size) and size <= MASKED_UP_TO)
+    dtypes = [dtype_of(x) for x in (query, key, value)]
+    if (
+        fits
+        and keras.backend.backend() == "torch"
+        and fused.is_available(kernel, dtypes, visibility)
+    ):
+        return "fused"
+    if is_known(size):
+        return "tiled" if size > DENSE_UP_TO else "dense"
+    # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
+    return "tiled" if keras.backend.backend() == "tensorflow" else "dense"
+
+
+def _require_fused(
+    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
+) -> None:
+    dtypes = sorted({dtype_of(x) for x in (query, key, value)})
+    if not fused.is_available(kernel, dtypes, visibility):
+        raise ValueError(
+            'implementation="fused" serves softmax and ssmax up to float32: on torch, with masks '
+            "from Keras 3.14 on; on JAX with a GPU, without masks beyond causality. Received: "
+            f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}, Keras "
+            f"{keras.version()}"
+        )

@@ -1,0 +1,61 @@
+"""Dense attention: the reference implementation, which holds all T x S weights."""
+
+from keras import ops
+
+from keras_ssattn._tensors import dtype_of, matmul
+from keras_ssattn._typing import Number, Tensor
+from keras_ssattn.ops import kernels
+from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.visibility import Visibility
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+) -> Tensor:
+    """`keras_ssattn.ops.attention` by way of all the weights."""
+    return combine(weights(query, key, kernel, factor, visibility), value)
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+) -> Tensor:
+    """Attention weights `[B, H, T, S]` in float32 or wider.
+
+    The products are widened first: half logits would keep three digits, or overflow.
+    """
+    dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
+    query, key = ops.cast(query, dtype), ops.cast(key, dtype)
+    query = ops.transpose(query * factor, (0, 2, 1, 3))  # [B, H, T, D]
+    key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
+    logits = _matmul_by_group(query, key)  # [B, H, T, S]
+    by_row = tuple(ops.reshape(x, (-1, 1, 1)) for x in kernel.tensors)  # [H, 1, 1]
+    return kernels.normalize(kernel.with_tensors(by_row), logits, (-1,), visibility.dense_mask)
+
+
+def combine(weights: Tensor, value: Tensor) -> Tensor:
+    """Sums values `[B, S, K, Dv]` by weights `[B, H, T, S]` to `[B, T, H, Dv]`."""
+    dtype = dtype_of(value)
+    value = ops.transpose(ops.cast(value, dtype_of(weights)), (0, 2, 1, 3))  # [B, K, S, Dv]
+    out = _matmul_by_group(weights, value)  # [B, H, T, Dv]
+    return ops.cast(ops.transpose(out, (0, 2, 1, 3)), dtype)
+
+
+def _matmul_by_group(x: Tensor, y: Tensor) -> Tensor:
+    """`[B, H, T, M] @ [B, K, M, N]` where H / K heads of x share one of y, not repeated."""
+    num_heads, num_kv_heads = x.shape[1], y.shape[1]
+    if num_heads == num_kv_heads:
+        return matmul(x, y)
+    batch, _, length, inner = ops.shape(x)
+    rows = num_heads // num_kv_heads * length
+    x = ops.reshape(x, (batch, num_kv_heads, rows, inner))  # [B, K, H/K * T, M]
+    out = matmul(x, y)  # [B, K, H/K * T, N]
+    return ops.reshape(out, (batch, num_heads, length, ops.shape(y)[3]))

@@ -1,0 +1,1 @@
+"""Tiled attention: `gradient` joins the two passes, `band` says which tiles they visit."""

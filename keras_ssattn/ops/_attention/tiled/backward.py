@@ -1,0 +1,151 @@
+"""The backward pass of tiled attention, which computes the logits again; see `forward.py`.
+
+It is one loop over the tiles of queries, as the forward pass. What is summed over queries, dk and
+dv, is kept transposed: a product with the transpose of a tile is a slow one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_ssattn._tensors import dtype_of, widen
+from keras_ssattn._typing import Size, Tensor
+from keras_ssattn.ops import stacks
+from keras_ssattn.ops._attention.tiled.band import Band
+from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles, row_sum, transpose
+from keras_ssattn.ops.kernels import Kernel
+
+
+class Gradients(NamedTuple):
+    """Of queries, keys and values, as stacks, and of the kernel's tensors, one per row."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    constants: tuple[Tensor, ...]
+
+
+class Sums(NamedTuple):
+    """What is summed over the tiles of queries, one entry for each tile of keys.
+
+    `states` is dN^T q, of which the linear form makes its part of dk and dv.
+    """
+
+    keys: Tensor  # [m, B, K, D, C]
+    values: Tensor  # [m, B, K, Dv, C]
+    states: Tensor  # [m, B, K, D, Dv]
+
+
+class QueryTile(NamedTuple):
+    """What the gradient needs of a tile of queries."""
+
+    q: Tensor
+    q_transposed: Tensor
+    maximum: Tensor
+    dn: Tensor
+    dn_transposed: Tensor
+    delta: Tensor
+
+
+def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> Gradients:
+    """The gradients, from what the forward pass kept and the gradient of its outputs."""
+    tiles = Tiles(residuals.queries, residuals.keys, residuals.values, kernel, band)
+    dtype = dtype_of(residuals.outputs)
+    parts = (*residuals, upstream)
+    queries, keys, values, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
+    products = tiles.products if kernel.linear else None
+
+    def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dqs, sums = stores[0], Sums(*stores[1:])
+        q, dn = widen(queries[i]), upstreams[i] / totals[i]
+        tile = QueryTile(
+            q, transpose(q), maxima[i], dn, transpose(dn), delta=row_sum(dn * outputs[i])
+        )
+        dq = ops.zeros(ops.shape(q), dtype)
+        for start, stop, cut in band.ranges(i):
+            if kernel.linear and not cut:
+                dq, sums = _add_linear(tiles, tile, keys, products, i, (start, stop), dq, sums)
+            else:
+                step = _adder(tiles, tile, keys, values, i, cut)
+                carry = (dq, sums.keys, sums.values)
+                dq, dks, dvs = ops.fori_loop(start, stop, step, carry)
+                sums = sums._replace(keys=dks, values=dvs)
+        return stacks.write(dqs, i, dq), *sums
+
+    count, *query_shape = ops.shape(tiles.queries)
+    key_tiles, *heads, width, size = ops.shape(tiles.keys)
+    shapes = (
+        query_shape,
+        (*heads, size, width),
+        (*heads, tiles.values.shape[-1], width),
+        tiles.state_shape,
+    )
+    counts = (count, key_tiles, key_tiles, key_tiles if kernel.linear else 0)
+    stores = tuple(stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
+    *stores, states = ops.fori_loop(0, count, over_queries, stores)
+    dq, dk, dv = (stacks.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
+    dk, dv = transpose(dk), transpose(dv)
+    if kernel.linear:
+        states = stacks.stack(states, tiles.state_shape, dtype)
+        dk = dk + widen(tiles.values) @ transpose(states)
+        dv = dv + widen(tiles.keys) @ states
+    constants = ()
+    if kernel.tensors:
+        delta = row_sum(upstream * residuals.outputs) / residuals.totals
+        constants = kernel.constant_gradient(residuals.maxima, delta)
+    return Gradients(dq, dk, dv, constants)
+
+
+def _adder(
+    tiles: Tiles, tile: QueryTile, keys: Tensor, values: Tensor, i: Size, cut: bool
+) -> Callable[[Size, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The step that adds the gradients of tile i of the queries and tile j of the keys."""
+    kernel = tiles.kernel
+
+    def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dq, dks, dvs = carry
+        x = tiles.logits(tile.q, keys[j], i, j, cut)
+        upstream = tile.dn @ transpose(widen(values[j]))
+        f, dx = kernel.gradient(x, tile.maximum, upstream, tile.delta)
+        if cut and kernel.linear:
+            dx = dx * ops.cast(tiles.band.visible(i, j), dtype_of(dx))
+        dks = stacks.add(dks, j, tile.q_transposed @ dx)
+        dvs = stacks.add(dvs, j, tile.dn_transposed @ f)
+        dq += dx @ widen(keys[j])
+        return dq, dks, dvs
+
+    return add
+
+
+def _add_linear(
+    tiles: Tiles,
+    tile: QueryTile,
+    keys: Tensor,
+    products: Tensor,
+    i: Size,
+    stretch: tuple[Size, Size],
+    dq: Tensor,
+    sums: Sums,
+) -> tuple[Tensor, Sums]:
+    """The same for a stretch of tiles that are seen whole, of a kernel with f(x) = x.
+
+    dx = dn . v - sign(x) delta, and only its second half needs x.
+    """
+    towards_keys = transpose(-tile.delta * tile.q)
+    outer = tile.q_transposed @ tile.dn
+
+    def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        signed, state, dks, states = carry
+        sign = ops.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
+        dks = stacks.add(dks, j, towards_keys @ sign)
+        states = stacks.add(states, j, outer)
+        signed += sign @ widen(keys[j])
+        state += products[j]
+        return signed, state, dks, states
+
+    state = ops.zeros(tiles.state_shape, dtype_of(dq))
+    carry = (ops.zeros_like(dq), state, sums.keys, sums.states)
+    signed, state, dks, states = ops.fori_loop(*stretch, add, carry)
+    dq = dq + tile.dn @ transpose(state) - tile.delta * signed
+    return dq, sums._replace(keys=dks, states=states)

@@ -1,0 +1,194 @@
+"""Which tiles of keys a tile of queries sees: whole, in part, or not at all."""
+
+import functools
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_ssattn._tensors import cast, is_known
+from keras_ssattn._typing import Size, Tensor
+from keras_ssattn.ops import stacks
+from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.visibility import Visibility, end_of_window
+
+# positions in a tile, at most; measured on two CPU cores
+QUERY_TILE, KEY_TILE = 512, 512 if stacks.runs_eagerly() else 256
+
+
+class TileSizes(NamedTuple):
+    """Positions in a tile of queries and in one of keys."""
+
+    query: Size
+    key: Size
+
+    @classmethod
+    def of(cls, visibility: Visibility, group_size: int) -> "TileSizes":
+        """Those of these lengths; G = `group_size` heads of queries fill a tile together."""
+        most = max(QUERY_TILE // group_size, 1)
+        return cls(
+            _tile_size(visibility.query_length, most), _tile_size(visibility.key_length, KEY_TILE)
+        )
+
+
+class Band:
+    """A `Visibility`, for tile i of queries and tile j of keys.
+
+    Args:
+        visibility: of all queries and keys.
+        sizes: of the tiles.
+        group_size: G, query heads that share a key head; they are rows of one tile.
+        num_kv_heads: K.
+        kernel: a kernel to which a key of zeros is absent needs no mask for the last tile's
+            padding.
+    """
+
+    def __init__(
+        self,
+        visibility: Visibility,
+        sizes: TileSizes,
+        group_size: int,
+        num_kv_heads: int,
+        kernel: Kernel,
+    ) -> None:
+        self.sizes, self.group_size = sizes, group_size
+        self.causal, self.window = visibility.causal, visibility.window
+        length = visibility.key_length
+        self.key_tiles = stacks.count_of(length, sizes.key)
+        fills = is_known(length) and length == self.key_tiles * sizes.key
+        # S, beyond which the last tile is padding; `None` if padding needs no mask
+        self.key_length = None if fills or kernel.absent == 0 else length
+        self.mask = _mask_by_group(visibility, sizes, group_size, num_kv_heads)
+        self.key_mask = self.segments = None
+        if visibility.key_mask is not None:
+            self.key_mask = stacks.unstack(stacks.split_vector(visibility.key_mask, sizes.key))
+        if visibility.segments is not None:
+            rows = stacks.split_vector(visibility.segments[0], sizes.query)
+            rows = ops.tile(ops.swapaxes(rows, -1, -2), (1, 1, 1, group_size, 1))
+            keys = stacks.split_vector(visibility.segments[1], sizes.key)
+            self.segments = stacks.unstack(rows), stacks.unstack(keys)
+        self.offset = self.first_offset = self.last_offset = visibility.query_offset
+        if not isinstance(self.offset, int):
+            self.offset = ops.reshape(cast(self.offset, "int32"), (-1, 1, 1, 1))
+            self.first_offset, self.last_offset = ops.min(self.offset), ops.max(self.offset)
+            if stacks.runs_eagerly():
+                self.first_offset, self.last_offset = int(self.first_offset), int(self.last_offset)
+
+    def ranges(self, i: Size) -> list[tuple[Size, Size, bool]]:
+        """Stretches `[start, stop)` of tiles of keys, and whether the mask cuts them."""
+        count = self.key_tiles
+        cutting = (self.window, self.key_length, self.mask, self.segments)
+        if not self.causal and all(x is None for x in cutting):
+            return [(0, count, False)]
+        first = i * self.sizes.query + self.first_offset  # positions of the tile's queries
+        last = i * self.sizes.query + self.sizes.query - 1 + self.last_offset
+        start, stop = self._seen(first, last)
+        if self.mask is not None or self.segments is not None:
+            return [(start, stop, True)]
+        whole, end = self._seen_whole(first, last, start, stop)
+        stretches = [(start, whole, True), (whole, end, False), (end, stop, True)]
+        return [x for x in stretches if not _is_empty(*x[:2])]
+
+    def _seen(self, first: Size, last: Size) -> tuple[Size, Size]:
+        """The tiles of which anything is seen."""
+        size, count, start, stop = self.sizes.key, self.key_tiles, 0, self.key_tiles
+        if self.window is not None:
+            start = _between((first - self.window + 1) // size, 0, count)
+        if self.causal:
+            stop = _between(last // size + 1, start, count)
+        elif self.window is not None:
+            end = end_of_window(last, self.window, count * size)
+            stop = _between((end - 1) // size + 1, start, count)
+        return start, stop
+
+    def _seen_whole(self, first: Size, last: Size, start: Size, stop: Size) -> tuple[Size, Size]:
+        """The tiles of which all is seen."""
+        size, whole, end = self.sizes.key, start, stop
+        if self.window is not None:
+            whole = _between((last - self.window + size) // size, start, stop)
+        if self.causal:
+            end = _between((first + 1) // size, whole, stop)
+        elif self.window is not None:
+            reach = end_of_window(first, self.window, self.key_tiles * size)
+            end = _between(reach // size, whole, stop)
+        if self.key_length is not None:
+            end = _between(self.key_length // size, whole, end)
+        return whole, end
+
+    def visible(self, i: Size, j: Size) -> Tensor:
+        """Boolean, broadcastable to `[B, K, rows, keys]`, for a tile that the mask cuts."""
+        columns = ops.arange(self.sizes.key, dtype="int32") + j * self.sizes.key
+        parts = []
+        if self.causal or self.window is not None:
+            rows = ops.tile(ops.arange(self.sizes.query, dtype="int32"), (self.group_size,))
+            rows = ops.expand_dims(rows + i * self.sizes.query, -1) + self.offset  # [.., rows, 1]
+            if self.causal:
+                parts.append(columns <= rows)
+            if self.window is not None:
+                parts.append(columns > rows - self.window)
+                if not self.causal:
+                    parts.append(columns - self.window < rows)
+        if self.key_length is not None:
+            parts.append(columns < self.key_length)
+        if self.segments is not None:
+            queries, keys = self.segments
+            parts.append(queries[i] == keys[j])
+        if self.mask is not None:
+            parts.append(self._mask_tile(i, j))
+        return functools.reduce(ops.logical_and, parts)
+
+    def _mask_tile(self, i: Size, j: Size) -> Tensor:
+        batch, num_kv_heads = ops.shape(self.mask)[:2]
+        heads, length, key_length = self.mask.shape[2:]
+        rows, row = (1, 0) if length == 1 else (self.sizes.query, i * self.sizes.query)
+        columns, column = (1, 0) if key_length == 1 else (self.sizes.key, j * self.sizes.key)
+        sizes = batch, num_kv_heads, heads, rows, columns
+        tile = ops.slice(self.mask, stacks.place(0, 0, 0, row, column), sizes)
+        if self.group_size == 1 or length == 1 == heads:
+            return ops.reshape(tile, (batch, num_kv_heads, rows, columns))
+        sizes = batch, num_kv_heads, self.group_size, self.sizes.query, columns
+        tile = ops.broadcast_to(tile, sizes)
+        return ops.reshape(tile, (batch, num_kv_heads, -1, columns))
+
+
+def _tile_size(length: Size, most: int) -> Size:
+    """One tile for a short input, which is padded to a multiple of 8; a tensor if it is unknown."""
+    if is_known(length):
+        return min(most, max(-(-length // 8), 1) * 8)
+    if ops.is_tensor(length):
+        return ops.minimum(ops.maximum(-(-length // 8), 1) * 8, most)
+    return most  # where a tracer has a symbol for the length
+
+
+def _mask_by_group(
+    visibility: Visibility, tile_sizes: TileSizes, group_size: int, num_kv_heads: int
+) -> Tensor | None:
+    """`[B|1, H|1, T|1, S|1]` as `[B|1, K|1, G|1, T|1, S|1]`, T and S padded to whole tiles."""
+    mask = visibility.mask
+    if mask is None:
+        return None
+    heads = (1, 1) if mask.shape[1] == 1 else (num_kv_heads, group_size)
+    if not all(map(is_known, mask.shape[1:])):  # an axis of unknown size may be one to broadcast
+        sizes = num_kv_heads * group_size, visibility.query_length, visibility.key_length
+        pairs = zip(mask.shape[1:], sizes, strict=True)
+        shape = (n if not is_known(size) else size for size, n in pairs)
+        mask = ops.broadcast_to(mask, (ops.shape(mask)[0], *shape))
+    batch, _, length, key_length = ops.shape(mask)
+    mask = ops.reshape(mask, (batch, *heads, length, key_length))
+    for axis, size in ((3, tile_sizes.query), (4, tile_sizes.key)):
+        if mask.shape[axis] == 1:
+            continue
+        shape = list(ops.shape(mask))
+        shape[axis] = -shape[axis] % size
+        if not is_known(shape[axis]) or shape[axis]:
+            mask = ops.concatenate([mask, ops.zeros(shape, "bool")], axis=axis)
+    return mask
+
+
+def _between(x: Size, low: Size, high: Size) -> Size:
+    if all(map(is_known, (x, low, high))):
+        return min(max(x, low), high)
+    return ops.minimum(ops.maximum(x, low), high)
+
+
+def _is_empty(start: Size, stop: Size) -> bool:
+    return is_known(start) and is_known(stop) and start >= stop

@@ -1,0 +1,168 @@
+"""The forward pass of tiled attention.
+
+The logits are computed a tile at a time, here and again in the backward pass; `kernels.py` has the
+formulas. In both, one loop over the tiles of queries has another over the tiles of keys that they
+see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows, with every scale
+multiplied in; keys `[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is
+float32 or wider. Sums are augmented assignments, which PyTorch does in place.
+
+References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
+arXiv 2205.14135 (tiles, and a backward pass that computes them again); Katharopoulos et al.,
+arXiv 2006.16236 (the state of linear attention).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_ssattn._tensors import dtype_of, widen
+from keras_ssattn._typing import DType, Shape, Size, Tensor
+from keras_ssattn.ops import stacks
+from keras_ssattn.ops._attention.tiled.band import Band
+from keras_ssattn.ops.kernels import Kernel
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs of the forward pass, as stacks."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    outputs: Tensor
+    maxima: Tensor
+    totals: Tensor
+
+
+class Rows(NamedTuple):
+    """The running sums of a tile of queries: m, Z and the numerator of the output."""
+
+    maximum: Tensor
+    total: Tensor
+    output: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """Queries, keys and values as stacks, and the logits of any two tiles of them."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    kernel: Kernel
+    band: Band
+
+    @property
+    def dtype(self) -> DType:
+        return dtype_of(widen(self.queries))
+
+    @property
+    def state_shape(self) -> Shape:
+        """The shape of a sum of k v^T, `[B, K, D, Dv]`."""
+        _, batch, heads, _, size = ops.shape(self.queries)
+        return batch, heads, size, self.values.shape[-1]
+
+    @functools.cached_property
+    def products(self) -> Tensor | list[Tensor]:
+        """The sum of k v^T over each tile: what the linear form keeps of it."""
+        return stacks.unstack(transpose(widen(self.keys)) @ widen(self.values))
+
+    def logits(self, q: Tensor, k: Tensor, i: Size, j: Size, cut: bool) -> Tensor:
+        """A tile of logits; those of keys that are not seen are what the kernel ignores."""
+        x = q @ transpose(widen(k))
+        if self.band.key_mask is not None:
+            x = ops.where(self.band.key_mask[j], x, self.kernel.absent)
+        if cut:
+            x = ops.where(self.band.visible(i, j), x, self.kernel.absent)
+        return x
+
+
+def run(tiles: Tiles) -> Residuals:
+    """Attention over all tiles; the outputs are among the residuals."""
+    dtype, kernel = tiles.dtype, tiles.kernel
+    count, *row_shape = ops.shape(tiles.queries)
+    row_shape = (*row_shape[:-1], 1)
+    out_shape = (*row_shape[:-1], tiles.values.shape[-1])
+    queries, keys, values = (stacks.unstack(x) for x in (tiles.queries, tiles.keys, tiles.values))
+    start = ops.broadcast_to(ops.convert_to_tensor(kernel.start(dtype), dtype), row_shape)
+    products = tiles.products if kernel.linear else None
+
+    def over_queries(i: Size, stores: Rows) -> Rows:
+        q = widen(queries[i])
+        rows = Rows(start, ops.zeros(row_shape, dtype), ops.zeros(out_shape, dtype))
+        for first, stop, cut in tiles.band.ranges(i):
+            if kernel.linear and not cut:
+                rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
+            else:
+                step = _adder(tiles, q, keys, values, i, cut)
+                rows = Rows(*ops.fori_loop(first, stop, step, tuple(rows)))
+        total = rows.total + kernel.constant(rows.maximum)
+        total = ops.where(total > 0, total, 1.0)
+        results = (rows.maximum, total, rows.output / total)
+        return tuple(stacks.write(s, i, x) for s, x in zip(stores, results, strict=True))
+
+    shapes = (row_shape, row_shape, out_shape)
+    stores = tuple(stacks.empty(count, x, dtype) for x in shapes)
+    stores = ops.fori_loop(0, count, over_queries, stores)
+    maxima, totals, outputs = (
+        stacks.stack(s, x, dtype) for s, x in zip(stores, shapes, strict=True)
+    )
+    return Residuals(tiles.queries, tiles.keys, tiles.values, outputs, maxima, totals)
+
+
+def _adder(
+    tiles: Tiles, q: Tensor, keys: Tensor, values: Tensor, i: Size, cut: bool
+) -> Callable[[Size, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The step that adds tile j of the keys to the sums of tile i of the queries."""
+    kernel = tiles.kernel
+
+    def add(j: Size, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        m, total, out = rows
+        x = tiles.logits(q, keys[j], i, j, cut)
+        if kernel.headroom is not None:
+            peak = ops.max(x, axis=-1, keepdims=True)
+            if kernel.headroom:
+                peak -= kernel.headroom
+            higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
+            shrink = ops.exp(m - higher)
+            m = higher
+            total *= shrink
+            out *= shrink
+        f, g = kernel.values(x, m)
+        total += row_sum(g)
+        out += f @ widen(values[j])
+        return m, total, out
+
+    return add
+
+
+def _add_linear(
+    tiles: Tiles,
+    rows: Rows,
+    q: Tensor,
+    keys: Tensor,
+    products: Tensor,
+    i: Size,
+    stretch: tuple[Size, Size],
+) -> Rows:
+    """The sums with a stretch of tiles that are seen whole, of a kernel with f(x) = x."""
+
+    def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        total, state = carry
+        total += row_sum(abs(tiles.logits(q, keys[j], i, j, cut=False)))
+        state += products[j]
+        return total, state
+
+    carry = (rows.total, ops.zeros(tiles.state_shape, tiles.dtype))
+    total, state = ops.fori_loop(*stretch, add, carry)
+    return Rows(rows.maximum, total, rows.output + q @ state)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    return ops.sum(x, axis=-1, keepdims=True)
+
+
+def transpose(x: Tensor) -> Tensor:
+    return ops.swapaxes(x, -1, -2)

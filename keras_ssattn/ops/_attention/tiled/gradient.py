@@ -1,0 +1,155 @@
+"""Tiled attention: every normalizer in memory linear in the number of keys."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ssattn._tensors import cast, dtype_of, widen
+from keras_ssattn._typing import Number, Tensor
+from keras_ssattn.ops import stacks
+from keras_ssattn.ops._attention.tiled import backward, forward
+from keras_ssattn.ops._attention.tiled.band import Band, TileSizes
+from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.visibility import Visibility
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+) -> Tensor:
+    """`keras_ssattn.ops.attention` without a `T x S` tensor, forward or backward.
+
+    Of the forward pass only the output and two numbers per row are kept. The backward pass is
+    written by hand; to differentiate it again raises, except on JAX.
+    """
+    dtype, key_mask = dtype_of(value), visibility.key_mask
+    if key_mask is not None and kernel.absent == 0:
+        # a key of zeros has the logit 0, which such a kernel ignores
+        key = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key))
+        visibility = dataclasses.replace(visibility, key_mask=None)
+    arrays = (widen(query) * factor * kernel.prescale, key, value)
+    if "float64" in (dtype_of(x) for x in arrays):
+        arrays = tuple(ops.cast(x, "float64") for x in arrays)
+    attend = _with_gradient(kernel, visibility)
+    return cast(attend(*arrays, *kernel.tensors, *visibility.tensors), dtype)
+
+
+def _with_gradient(kernel: Kernel, visibility: Visibility) -> Callable[..., Tensor]:
+    """The function of query, key, value, and of the tensors of kernel and visibility.
+
+    JAX wants every tensor to be an argument: it may not be closed over. Cutting into tiles is
+    inside, and the backward pass makes the band anew, because under XLA TensorFlow knows sizes
+    that are unknown until the graph runs from the shapes of what a function is given alone.
+    """
+
+    @ops.custom_gradient
+    def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, Any]:
+        layout = _Layout(kernel, visibility, query, key, tensors)
+        residuals = forward.run(layout.tiles(query, key, value))
+
+        # Keras gives the upstream gradient by position on some backends, by name on others
+        def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor | None, ...]:
+            upstream = args[0] if upstream is None else upstream
+            if stacks.runs_eagerly():  # what follows is never differentiated: keep nothing for it
+                upstream = ops.stop_gradient(upstream)
+            again = _Layout(kernel, visibility, query, key, tensors)
+            return again.gradients(residuals, upstream, query, key, value)
+
+        length = ops.shape(query)[1]
+        return stacks.merge(residuals.outputs, length, layout.group_size), gradient
+
+    return attend
+
+
+class _Layout:
+    """Kernel and visibility with the tensors of one pass, and how these are cut into tiles."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        visibility: Visibility,
+        query: Tensor,
+        key: Tensor,
+        tensors: tuple[Tensor, ...],
+    ) -> None:
+        own = len(kernel.tensors)
+        self.sinks, self.count = tensors[:own], len(tensors)
+        self.group_size = query.shape[2] // key.shape[2]
+        lengths = ops.shape(query)[1], ops.shape(key)[1]
+        self.visibility = visibility.with_tensors(tensors[own:], *lengths)
+        self.sizes = TileSizes.of(self.visibility, self.group_size)
+        self.band = Band(self.visibility, self.sizes, self.group_size, key.shape[2], kernel)
+        self.kernel = kernel.with_tensors(tuple(self._by_row(x) for x in self.sinks))
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """`[H]` as one value per row of a tile, `[1, K, rows, 1]`."""
+        x = ops.reshape(x, (1, -1, self.group_size, 1))
+        x = ops.repeat(x, self.sizes.query, axis=3)
+        return ops.reshape(x, (1, -1, self.group_size * self.sizes.query, 1))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """The sum over a stack `[n, B, K, rows, 1]` of what one head has, `[H]`."""
+        x = ops.sum(x, axis=(0, 1, 4))  # [K, rows]
+        x = ops.reshape(x, (-1, self.group_size, self.sizes.query))
+        return ops.reshape(ops.sum(x, axis=2), (-1,))
+
+    def tiles(self, query: Tensor, key: Tensor, value: Tensor) -> forward.Tiles:
+        return forward.Tiles(
+            stacks.split(query, self.sizes.query, self.group_size),
+            stacks.split(key, self.sizes.key),
+            stacks.split(value, self.sizes.key),
+            self.kernel,
+            self.band,
+        )
+
+    def gradients(
+        self,
+        residuals: forward.Residuals,
+        upstream: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each argument of the function that is differentiated."""
+        upstream = stacks.split(upstream, self.sizes.query, self.group_size)
+        found = backward.run(residuals, upstream, self.kernel, self.band)
+        length, key_length = self.visibility.query_length, self.visibility.key_length
+        merged = (
+            (stacks.merge(found.query, length, self.group_size), query),
+            (stacks.merge(found.key, key_length), key),
+            (stacks.merge(found.value, key_length), value),
+            *zip(map(self._by_head, found.constants), self.sinks, strict=True),
+        )
+        gradients = tuple(self._final(ops.cast(g, x.dtype), x) for g, x in merged)
+        return (*gradients, *(None for _ in range(self.count - len(self.sinks))))
+
+    def _final(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x, marked as one that cannot be differentiated again, where that is so.
+
+        JAX differentiates through both passes, if their loops have bounds that are known.
+        TensorFlow cannot, and on PyTorch what the forward pass kept is a constant, so that a
+        second derivative would be wrong.
+        """
+        bounded = not self.visibility.causal and self.visibility.window is None
+        if keras.backend.backend() == "jax" and bounded:
+            return gradient
+        return _once(gradient, x)
+
+
+@ops.custom_gradient
+def _once(gradient: Tensor, _: Tensor) -> tuple[Tensor, Any]:
+    def refuse(*args: Tensor, upstream: Tensor = None) -> Tensor:
+        raise NotImplementedError(
+            'implementation="tiled" of attention has no second derivative on the '
+            f"{keras.backend.backend()} backend (on JAX it has one without `causal` and "
+            '`window`); implementation="dense" has.'
+        )
+
+    return gradient + 0.0, refuse
