@@ -4,12 +4,9 @@ from typing import Literal
 
 import keras
 
-from keras_ssattn import layers, models, ops
-from keras_ssattn._checks import check_choice
-from keras_ssattn._tensors import cast, dtype_of, to_tensor, widen
+from keras_ssattn import _checks, _tensors, layers, models, ops
 from keras_ssattn._typing import ArrayLike, Shape, Tensor
-from keras_ssattn.layers.length_scales import LogLengthScale
-from keras_ssattn.layers.masks import align_left
+from keras_ssattn.layers import masks
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
 
@@ -44,14 +41,14 @@ def compute(
     >>> from keras_ssattn import ssmax
     >>> ssmax.compute([[1.0, 1.0, 1.0, 1.0]], s=1.0, seq_len=4)  # [[0.25, 0.25, 0.25, 0.25]]
     """
-    check_choice("formula", formula, FORMULAS)
+    _checks.check_choice("formula", formula, FORMULAS)
     if formula == "scale":
         return ops.ssmax(logits, s, seq_len)
-    logits = to_tensor(logits)
-    x = widen(logits)
+    logits = _tensors.to_tensor(logits)
+    x = _tensors.widen(logits)
     shift = ops.log_length_scale(seq_len, s)
-    shifted = x - (cast(shift, dtype_of(x)) if hasattr(shift, "dtype") else shift)
-    return cast(ops.softmax(shifted), dtype_of(logits))
+    shifted = x - (_tensors.cast(shift, _tensors.dtype_of(x)) if hasattr(shift, "dtype") else shift)
+    return _tensors.cast(ops.softmax(shifted), _tensors.dtype_of(logits))
 
 
 def layer(
@@ -83,12 +80,12 @@ def layer(
     >>> ssmax.layer(keras.Input((10,))).shape
     (None, 10)
     """
-    check_choice("formula", formula, FORMULAS)
+    _checks.check_choice("formula", formula, FORMULAS)
     cls = layers.SSMax if formula == "scale" else EdificeSSMax
     return cls(name=name, init_s=init_s, **options)(inputs)
 
 
-class _Shift(LogLengthScale):
+class _Shift(layers.LogLengthScale):
     """s, which shifts the logits and so has no effect and no gradient."""
 
     uses_count = False
@@ -121,7 +118,10 @@ class EdificeSSMax(layers.SSMax):
         super().__init__(*args, **kwargs)
 
     def call(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        return ops.softmax(logits, self.axis, align_left(mask, logits))
+        return ops.softmax(logits, self.axis, masks.align_left(mask, logits))
+
+
+EdificeSSMax.__name__ = "SSMax"  # Keras names the weights in a file by the class, as 0.1.0 did
 
 
 def build(embed_dim: int, **options: object) -> keras.Model:

@@ -24,13 +24,13 @@ class StrictLoading(keras.layers.Layer):
         try:
             super().load_own_variables(store)
         except ValueError as error:
-            message = self.explain(len(store.keys())) or str(error)
+            message = f"{error} {self.explain()}".strip()
             self._refused = None if file is None else (weakref.ref(file), message)
             raise ValueError(message) from error
 
-    def explain(self, num_found: int) -> str | None:
-        """What to say of a file with `num_found` weights for this layer; `None` for Keras's."""
-        return None
+    def explain(self) -> str:
+        """What to say to whoever loads a file with other weights, beside what Keras says."""
+        return ""
 
 
 class NoWeights(StrictLoading, keras.layers.Identity):

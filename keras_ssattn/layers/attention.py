@@ -14,7 +14,7 @@ from keras_ssattn._keras.serialization import (
     serialize_options,
     serialize_policy,
 )
-from keras_ssattn._tensors import cast, dtype_of, may_be_equal, multiply_wide
+from keras_ssattn._tensors import cast, dtype_of, multiply_wide
 from keras_ssattn._typing import (
     ArrayLike,
     Axis,
@@ -29,7 +29,7 @@ from keras_ssattn._typing import (
 )
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers.axes import AttentionAxes, check_axes
-from keras_ssattn.layers.masks import CallMasks, hide_rows, see
+from keras_ssattn.layers.masks import CallMasks, hide_rows, see, visible_in
 from keras_ssattn.layers.projection import check_output_shape, projection
 from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
@@ -199,7 +199,7 @@ class MultiHeadAttention(keras.layers.Layer):
         check_rate("dropout", dropout)
         if flash_attention and dropout > 0:
             raise ValueError(
-                "`flash_attention=True` has no dropout. Received: "
+                "Dropout is not supported when flash attention is enabled. Received: "
                 f"flash_attention={flash_attention}, dropout={dropout}"
             )
         check_choice("implementation", implementation, IMPLEMENTATIONS)
@@ -235,7 +235,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
         key_shape = value_shape if key_shape is None else key_shape
-        axes = self._check_shapes(query_shape, value_shape, key_shape)
+        axes = self._axes(query_shape, value_shape, key_shape)
         query_shape, value_shape, key_shape = (
             axes.fold_shape(x) for x in (query_shape, value_shape, key_shape)
         )
@@ -243,11 +243,11 @@ class MultiHeadAttention(keras.layers.Layer):
         num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
         self.query_dense = projection(self, "query", query_shape, (num_heads, self.key_dim))
         self.key_dense = projection(self, "key", key_shape, (num_kv_heads, self.key_dim))
-        if self.use_gate:
+        if self.use_gate:  # a private name, which is Keras's in files
             shape = (num_heads, self.value_dim)
-            self.gate_dense = projection(self, "gate", query_shape, shape, "sigmoid")
+            self._gate_dense = projection(self, "gate", query_shape, shape, "sigmoid")
         else:
-            self.gate_dense = NoWeights(name="gate", dtype=self.dtype_policy)
+            self._gate_dense = NoWeights(name="gate", dtype=self.dtype_policy)
         self.value_dense = projection(self, "value", value_shape, (num_kv_heads, self.value_dim))
         shape = (*query_shape[:-1], num_heads, self.value_dim)
         features = self._output_shape or (query_shape[-1],)
@@ -262,33 +262,8 @@ class MultiHeadAttention(keras.layers.Layer):
             self.rotary.build((None, None, num_heads, self.key_dim))
         freeze_sublayers(self)
 
-    def _check_shapes(
-        self, query_shape: Shape, value_shape: Shape, key_shape: Shape
-    ) -> AttentionAxes:
-        """The axes to attend over, or raises for shapes that do not fit."""
-        rank = len(query_shape)
-        shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
-        for name, shape in shapes.items():
-            if len(shape) < 3 or len(shape) != rank:
-                raise ValueError(
-                    f"`{name}` must have shape [batch, time, features], or more axes of time, as "
-                    f"many as `query`. Received: {name} with shape {tuple(shape)}, query with "
-                    f"shape {tuple(query_shape)}"
-                )
-        axes = AttentionAxes(rank, self.attention_axes)
-        pairs = zip(value_shape[:-1], key_shape[:-1], strict=True)
-        if not all(may_be_equal(size, other) for size, other in pairs):
-            raise ValueError(
-                "`value` and `key` must have the same sizes but for the features. Received: value "
-                f"with shape {tuple(value_shape)}, key with shape {tuple(key_shape)}"
-            )
-        pairs = zip(axes.pick(query_shape)[0], axes.pick(value_shape)[0], strict=True)
-        if not all(may_be_equal(size, other) for size, other in pairs):
-            raise ValueError(
-                "`query` and `value` must have the same batch size, and the same of all axes that "
-                f"are not attended over. Received: query with shape {tuple(query_shape)}, value "
-                f"with shape {tuple(value_shape)}"
-            )
+    def _axes(self, query_shape: Shape, value_shape: Shape, key_shape: Shape) -> AttentionAxes:
+        axes = AttentionAxes.of_shapes(query_shape, value_shape, key_shape, self.attention_axes)
         ordered = self.sliding_window is not None or self.rotary is not None
         if ordered and len(axes.attended) > 1:
             raise ValueError(
@@ -307,7 +282,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def projections(self) -> list[Layer]:
         """The `EinsumDense` layers, on which `quantize` and `enable_lora` work."""
-        gate = [self.gate_dense] if self.use_gate else []
+        gate = [self._gate_dense] if self.use_gate else []
         return [self.query_dense, self.key_dense, *gate, self.value_dense, self.output_dense]
 
     def call(
@@ -332,6 +307,12 @@ class MultiHeadAttention(keras.layers.Layer):
             raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
         if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
             raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
+        if self.flash_attention and return_attention_scores:
+            raise ValueError(
+                "Returning attention scores is not supported when flash attention is enabled. "
+                "Please disable flash attention to access attention scores. Received: "
+                "return_attention_scores=True, flash_attention=True"
+            )
         cache = None if cache is None else Cache(*cache)
         key = value if key is None else key
         axes = AttentionAxes(len(query.shape), self.attention_axes)
@@ -344,7 +325,9 @@ class MultiHeadAttention(keras.layers.Layer):
         if visibility is None:
             keys = axes.pick(ops.shape(value))[1] if cache is None else (cache[0].shape[1],)
             masks = CallMasks(
-                *(axes.fold_padding(x) for x in (query_mask, value_mask, key_mask)),
+                axes.fold_padding(query_mask, query),
+                axes.fold_padding(value_mask, value),
+                axes.fold_padding(key_mask, key),
                 axes.fold_mask(attention_mask, self.num_heads, query, keys),
             )
             visibility, query_mask = see(
@@ -358,7 +341,7 @@ class MultiHeadAttention(keras.layers.Layer):
             heads, visibility, query_mask, return_attention_scores, training
         )
         if self.use_gate:
-            output = output * self.gate_dense(inputs[0])
+            output = output * self._gate_dense(inputs[0])
         results = [axes.unfold(self.output_dense(output), query)]
         if return_attention_scores:
             results.append(axes.unfold_scores(weights, query, value))
@@ -412,7 +395,7 @@ class MultiHeadAttention(keras.layers.Layer):
             weights = attend_weights(heads.query, heads.key, kernel, heads.factor, visibility)
             weights = hide_rows(weights, query_mask, (1, 3))
             if watching is not None:
-                watching.attended(self, weights, _visible(weights, visibility, query_mask))
+                watching.attended(self, weights, visible_in(weights, visibility, query_mask))
             weights = cast(weights, self.compute_dtype)
         if return_scores or drops:
             dropped = self.attention_dropout(weights, training=training)
@@ -430,7 +413,7 @@ class MultiHeadAttention(keras.layers.Layer):
     def compute_output_shape(
         self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None
     ) -> Shape:
-        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
+        self._axes(query_shape, value_shape, key_shape or value_shape)
         return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
 
     def compute_output_spec(
@@ -484,13 +467,3 @@ class MultiHeadAttention(keras.layers.Layer):
             "seed": self.seed,
         }
         return {**super().get_config(), **serialize_policy(self), **config}
-
-
-def _visible(weights: Tensor, visibility: Visibility, query_mask: Tensor | None) -> Tensor:
-    """The keys that each query sees, in the shape of the weights; a query at padding sees none."""
-    visible = ops.ones(ops.shape(weights), "bool")
-    if visibility.dense_mask is not None:
-        visible = ops.logical_and(visible, visibility.dense_mask)
-    if query_mask is not None:
-        visible = ops.logical_and(visible, ops.expand_dims(query_mask, (1, 3)))
-    return visible

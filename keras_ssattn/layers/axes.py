@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from keras import ops
 
 from keras_ssattn._checks import check_broadcastable, check_mask
-from keras_ssattn._tensors import is_known
+from keras_ssattn._tensors import is_known, may_be_equal
 from keras_ssattn._typing import ArrayLike, Shape, Size, Tensor
 
 
@@ -40,6 +40,39 @@ class AttentionAxes:
             )
         self.others = tuple(axis for axis in inner if axis not in self.attended)
 
+    @classmethod
+    def of_shapes(
+        cls,
+        query_shape: Shape,
+        value_shape: Shape,
+        key_shape: Shape,
+        axes: Sequence[int] | None,
+    ) -> "AttentionAxes":
+        """Those of inputs of these shapes, or raises for shapes that do not fit."""
+        shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
+        for name, shape in shapes.items():
+            if len(shape) < 3 or len(shape) != len(query_shape):
+                raise ValueError(
+                    f"`{name}` must have shape [batch, time, features], or more axes of time; the "
+                    f"ranks of `query`, `value` and `key` must be equal. Received: {name} with "
+                    f"shape {tuple(shape)}, query with shape {tuple(query_shape)}"
+                )
+        found = cls(len(query_shape), axes)
+        pairs = zip(value_shape[:-1], key_shape[:-1], strict=True)
+        if not all(may_be_equal(size, other) for size, other in pairs):
+            raise ValueError(
+                "`value` and `key` must be equal in all sizes but the features. Received: value "
+                f"with shape {tuple(value_shape)}, key with shape {tuple(key_shape)}"
+            )
+        pairs = zip(found.pick(query_shape)[0], found.pick(value_shape)[0], strict=True)
+        if not all(may_be_equal(size, other) for size, other in pairs):
+            raise ValueError(
+                "`query` and `value` must have the same batch size, and the same of all axes that "
+                f"are not attended over. Received: query with shape {tuple(query_shape)}, value "
+                f"with shape {tuple(value_shape)}"
+            )
+        return found
+
     @property
     def scores(self) -> str:
         """The axes of the weights, in words."""
@@ -69,10 +102,18 @@ class AttentionAxes:
         sizes = (_size(batch), _size(times), *x.shape[self.rank - 1 :])
         return ops.reshape(ops.transpose(x, order), sizes)
 
-    def fold_padding(self, mask: ArrayLike | None) -> ArrayLike | None:
-        """A mask of all axes but the features, `[B, ...]`, as `[B', T]`."""
+    def fold_padding(self, mask: ArrayLike | None, x: Tensor) -> ArrayLike | None:
+        """A mask of all axes but the features, `[B, ...]`, as `[B', T]`.
+
+        With one attended axis it may be `[B, T]`.
+        """
         if mask is None or self.is_plain:
             return mask
+        if len(mask.shape) == 2 and len(self.attended) == 1:
+            batch, (time,) = self.pick(ops.shape(x))
+            mask = ops.expand_dims(mask, tuple(range(1, 1 + len(self.others))))
+            mask = ops.broadcast_to(check_mask("mask", mask), (*batch, time))
+            return ops.reshape(mask, (_size(batch), time))
         if len(mask.shape) != self.rank - 1:
             raise ValueError(
                 "masks of `query`, `value` and `key` must have the axes of these without the "

@@ -9,7 +9,7 @@ from keras_ssattn._tensors import is_known
 from keras_ssattn._typing import ArrayLike, Size, Tensor
 from keras_ssattn.ops import Cache, Visibility
 from keras_ssattn.ops.cache import check_index, write_at
-from keras_ssattn.ops.visibility import Sizes
+from keras_ssattn.ops.sizes import Sizes
 
 
 def align_left(mask: ArrayLike | None, logits: Tensor) -> Tensor | None:
@@ -92,7 +92,7 @@ def see(
         sizes.match(ops.shape(key)[1], value_length) and sizes.match(ops.shape(key)[0], batch)
     ):
         raise ValueError(
-            "`value` and `key` must have the same sizes but for the features. Received: value "
+            "`value` and `key` must be equal in all sizes but the features. Received: value "
             f"with shape {tuple(value.shape)}, key with shape {tuple(key.shape)}"
         )
     query_mask = padding_mask("query_mask", masks.query, sizes, "[B, T]", length)
@@ -136,3 +136,13 @@ def hide_rows(x: Tensor, query_mask: Tensor | None, axes: tuple[int, ...]) -> Te
     if query_mask is None:
         return x
     return ops.where(ops.expand_dims(query_mask, axes), x, ops.zeros_like(x))
+
+
+def visible_in(weights: Tensor, visibility: Visibility, query_mask: Tensor | None) -> Tensor:
+    """The keys that each query sees, in the shape of the weights; a query at padding sees none."""
+    visible = ops.ones(ops.shape(weights), "bool")
+    if visibility.dense_mask is not None:
+        visible = ops.logical_and(visible, visibility.dense_mask)
+    if query_mask is not None:
+        visible = ops.logical_and(visible, ops.expand_dims(query_mask, (1, 3)))
+    return visible

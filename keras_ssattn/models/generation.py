@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_integer, check_number
 from keras_ssattn._keras.state import sync_state
-from keras_ssattn._tensors import cast, dtype_of
+from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Layer, Size, Tensor
 from keras_ssattn.ops.stacks import place
 
@@ -148,8 +148,8 @@ def sample(
 ) -> Tensor:
     """Token ids `[B]`, int32, from logits `[B, V]` and draws `[B]` uniform in [0, 1)."""
     dtype = dtype_of(logits)
-    draw, temperature = cast(draw, dtype), cast(temperature, dtype)
-    top_p = None if top_p is None else cast(top_p, dtype)
+    draw, temperature = cast(draw, dtype), cast(to_tensor(temperature), dtype)
+    top_p = None if top_p is None else cast(to_tensor(top_p), dtype)
     # the largest is then 0 at any temperature, however small
     logits = (logits - ops.max(logits, axis=-1, keepdims=True)) / temperature
     tokens = None

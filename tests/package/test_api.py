@@ -20,9 +20,13 @@ MODULES = ["keras_ssattn", *(
 )]  # fmt: skip
 PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
           ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
-# What a part of the package may import: itself and what is below it.
-ORDER = ["ops", "layers", "models", "analysis", "ssmax"]
-KNOWS_FRAMEWORKS = ROOT / "models" / "compiled.py"
+# What a part of the package may import: itself, and parts of a lower level.
+LEVELS = {
+    "_typing": 0, "_tensors": 1, "_checks": 2, "_keras": 3, "ops": 3, "layers": 4,
+    "conversion": 5, "checkpoints": 5, "models": 6, "analysis": 7, "ssmax": 7, "softpick": 7,
+    "distribution": 7, "__init__": 8,
+}  # fmt: skip
+KNOWS_FRAMEWORKS = ROOT / "_keras" / "compiling.py"
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
@@ -72,21 +76,37 @@ def _imports(path):
 def test_imports(path):
     """Public Keras only, no framework but in one file, and one direction inside the package."""
     part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    level = ORDER.index({"softpick": "ssmax"}.get(part, part)) if part in (
-        *ORDER, "softpick") else len(ORDER)  # fmt: skip
     for name in _imports(path):
-        top = name.split(".")[0]
+        top, *parts = name.split(".")
         assert top not in ("tensorflow", "jax", "torch") or path == KNOWS_FRAMEWORKS, name
         assert not name.startswith("keras.src"), name
-        if top == "keras_ssattn" and "." in name:
-            other = name.split(".")[1]
-            if other in ORDER:
-                assert ORDER.index(other) <= level, f"{path} imports {name}"
+        if top == "keras_ssattn" and parts and parts[0] in LEVELS and parts[0] != part:
+            assert LEVELS[parts[0]] < LEVELS[part], f"{path} imports {name}"
+            assert not any(x.startswith("_") for x in parts[1:]), f"{name} is private"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_file_is_long(path):
-    assert len(path.read_text().splitlines()) <= 320
+def test_no_file_and_no_function_is_long(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 480
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+def test_few_annotations_are_any():
+    found = [
+        ast.unparse(annotation)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for annotation in (*(x.annotation for x in node.args.args + node.args.kwonlyargs),
+                           node.returns)
+        if annotation is not None
+    ]  # fmt: skip
+    assert found.count("Any") < 0.15 * len(found)
 
 
 def test_importing_the_package_imports_no_framework_of_another_backend(backend):

@@ -62,15 +62,12 @@ class LengthScale(StrictLoading):
     def compute_output_spec(self, n: Tensor) -> keras.KerasTensor:
         return keras.KerasTensor(self.compute_output_shape(n.shape), dtype="float32")
 
-    def explain(self, num_found: int) -> str:
-        expected = len(self.weights)
-        own = f"`{type(self).__name__}`" if self.uses_count else "no length scale"
+    def explain(self) -> str:
+        own = f"the length scale `{type(self).__name__}`" if self.uses_count else "no length scale"
         return (
-            f"The file must have the weights of the normalizer here, {self.path!r}, which has "
-            f"{own} and so {expected} of its own. Received: {num_found} weights, of another "
-            'normalizer (such as the s of "ssmax", which "softmax" lacks). Make the model with '
-            "the `normalizer=` that it was saved with, or convert it: "
-            "`keras_ssattn.convert_attention`"
+            f"The normalizer of {self.path!r} has {own}, that of the file has another: "
+            'normalizer="ssmax" has an s (and with `use_bias` a b), "softmax" has none. Make the '
+            "model with the `normalizer=` that it was saved with."
         )
 
     def get_config(self) -> Config:

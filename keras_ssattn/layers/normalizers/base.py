@@ -137,12 +137,11 @@ class Normalizer(StrictLoading):
             return None
         return previous_mask
 
-    def explain(self, num_found: int) -> str:
+    def explain(self) -> str:
         return (
-            f"The file must have the weights of the normalizer here, {self.path!r}, a "
-            f"`{type(self).__name__}` with {len(self._trainable_variables)} of its own. Received: "
-            f"{num_found} weights, of another normalizer. Make the model with the `normalizer=` "
-            "that it was saved with"
+            f"The normalizer of {self.path!r} is a `{type(self).__name__}`, that of the file is "
+            'another: normalizer="sink_softmax" has weights of its own. Make the model with the '
+            "`normalizer=` that it was saved with."
         )
 
     def get_config(self) -> Config:

@@ -13,7 +13,8 @@ from keras_ssattn._typing import ArrayLike, Number, Tensor
 from keras_ssattn.ops import kernels
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.length_scales import log_length_scale
-from keras_ssattn.ops.visibility import Sizes, Visibility
+from keras_ssattn.ops.sizes import Sizes
+from keras_ssattn.ops.visibility import Visibility
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -42,7 +42,16 @@ def weights(
 
 
 def combine(weights: Tensor, value: Tensor) -> Tensor:
-    """Sums values `[B, S, K, Dv]` by weights `[B, H, T, S]` to `[B, T, H, Dv]`."""
+    """Sums values `[B, S, K, Dv]` by weights `[B, H, T, S]` to `[B, T, H, Dv]`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn import ops
+    >>> weights, value = keras.ops.ones((2, 4, 5, 7)), keras.ops.ones((2, 7, 1, 16))
+    >>> ops.combine(weights, value).shape
+    (2, 5, 4, 16)
+    """
     dtype = dtype_of(value)
     value = ops.transpose(ops.cast(value, dtype_of(weights)), (0, 2, 1, 3))  # [B, K, S, Dv]
     out = _matmul_by_group(weights, value)  # [B, H, T, Dv]

@@ -39,52 +39,11 @@ FAILING = {
             "test_invalid_scalar_args_rejected",
             "test_multi_head_attention_output_shape_error",
         ),
-        # From here on: what the layer does not have yet.
-        "There is no `use_gate`.": (
-            "test_basics",
-            "test_initializer",
-            "test_lora",
-            "test_mha_constraints",
-            "test_quantize_int8",
-        ),
-        "There is no `flash_attention`.": ("test_flash_attention_with_errors",),
-        "There are no `attention_axes`.": (
-            "test_attention_axes_negative_indexing",
-            "test_causal_only_masks_non_4d_inputs",
-            "test_high_dim_attention_4d_inputs_1freebatch_mask2",
-            "test_high_dim_attention_4d_inputs_1freebatch_mask3",
-            "test_high_dim_attention_4d_inputs_1freebatch_mask4",
-            "test_high_dim_attention_4d_inputs_2d_attention",
-            "test_high_dim_attention_5d_inputs_2d_attention",
-            "test_high_dim_attention_5d_inputs_2d_attention_fullmask",
-        ),
-        "Inputs must have three axes.": (
-            "test_compute_output_shape_different_qv_last_dims",
-            "test_compute_output_shape_high_dim_different_proj",
-            "test_compute_output_shape_high_dim_same_proj",
-        ),
-        "The shapes of keys and values are compared when they are called, not before.": (
-            "test_shape_mismatch_error_key_value_dim_mismatch",
-            "test_shape_mismatch_error_key_value_dim_mismatch_high_dim",
-            "test_shape_mismatch_error_query_value_dim_mismatch",
-        ),
     },
     "GroupedQueryAttentionTest": {
         "There is no `_compute_attention` to override: one exchanges the normalizer.": NO_OVERRIDE,
         "Queries and values may have different numbers of features.": (
             "test_shape_mismatch_error_query_value_dim_mismatch",
-        ),
-        # From here on: what the layer does not have yet.
-        "There is no `use_gate`.": (
-            "test_basics",
-            "test_initializer",
-            "test_masking_causal",
-            "test_masking_not_causal",
-            "test_query_mask_propagation",
-        ),
-        "There is no `flash_attention`.": ("test_flash_attention_with_errors",),
-        "The shapes of keys and values are compared when they are called, not before.": (
-            "test_shape_mismatch_error_key_value_dim_mismatch",
         ),
     },
 }
@@ -100,7 +59,6 @@ PRIVATE = {
     "_query_dense": "query_dense",
     "_key_dense": "key_dense",
     "_value_dense": "value_dense",
-    "_gate_dense": "gate_dense",
     "_output_dense": "output_dense",
     "_sliding_window": "sliding_window",
     "_flash_attention": "flash_attention",
