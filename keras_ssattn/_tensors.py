@@ -52,6 +52,9 @@ def may_be_equal(size: Size, other: Size) -> bool:
 def zero_if_equal(size: Size, other: Size) -> Tensor:
     """0.0, for two sizes of which one is unknown, computed so that it fails if they differ.
 
-    Add it to something that is used: a graph leaves out what is not.
+    Add it to something that is used: a graph leaves out what is not. Ranges of 2 or more cannot be
+    added unless they are as long. (A reshape, or zeros, TensorFlow would simplify away; and its
+    XLA broadcasts a length to any multiple.)
     """
-    return ops.sum(ops.reshape(ops.zeros((size,)), (other,)))
+    steps = ops.arange(0, size + 2, dtype="int32") + ops.arange(0, other + 2, dtype="int32")
+    return ops.cast(steps[0], "float32")

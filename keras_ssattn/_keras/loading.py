@@ -43,6 +43,8 @@ class NoWeights(StrictLoading, keras.layers.Identity):
     def __call__(self, x: Tensor) -> Tensor:
         return x  # without what Keras does around a call, which on PyTorch takes time
 
+    call = __call__
+
 
 def freeze_sublayers(layer: keras.Layer) -> None:
     """Carries `trainable=False` on to the layers that `build` has just made."""

@@ -73,7 +73,10 @@ def serialize_policy(layer: Layer) -> Config:
     for projection in quantized:
         # The path above this layer depends on who builds it, a loaded model or a new one.
         path = re.escape(projection.path[above:])
-        policies[f"^(.*/)?{path}$"] = projection.dtype_policy
+        policy = projection.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):  # as of a loaded model
+            policy = policy[projection.path]
+        policies[f"^(.*/)?{path}$"] = policy
     return {"dtype": keras.dtype_policies.serialize(policies)}
 
 

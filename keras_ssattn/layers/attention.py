@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_heads, check_integer, check_rate
+from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
 from keras_ssattn._keras.serialization import (
@@ -341,8 +342,8 @@ class MultiHeadAttention(keras.layers.Layer):
             heads, visibility, query_mask, return_attention_scores, training
         )
         if self.use_gate:
-            output = output * self._gate_dense(inputs[0])
-        results = [axes.unfold(self.output_dense(output), query)]
+            output = output * call_inside(self._gate_dense, inputs[0])
+        results = [axes.unfold(call_inside(self.output_dense, output), query)]
         if return_attention_scores:
             results.append(axes.unfold_scores(weights, query, value))
         if cache is not None:
@@ -359,8 +360,9 @@ class MultiHeadAttention(keras.layers.Layer):
         """Queries, keys and values by head, normalized and turned, and the factor of the query."""
         query, value, key = inputs
         is_self = has_cache or value is query
-        key = self.key_norm(self.key_dense(key))  # [B, S, K, D]
-        query, value = self.query_norm(self.query_dense(query)), self.value_dense(value)
+        key = call_inside(self.key_norm, call_inside(self.key_dense, key))  # [B, S, K, D]
+        query = call_inside(self.query_norm, call_inside(self.query_dense, query))
+        value = call_inside(self.value_dense, value)
         scale, factor = self.normalizer.length_scale, 1.0 / math.sqrt(self.key_dim)
         if scale.uses_query:  # which is before rotation
             query = cast(multiply_wide(query, scale(visibility.count, query)), dtype_of(query))

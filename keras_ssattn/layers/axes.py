@@ -49,7 +49,7 @@ class AttentionAxes:
         axes: Sequence[int] | None,
     ) -> "AttentionAxes":
         """Those of inputs of these shapes, or raises for shapes that do not fit."""
-        shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
+        shapes = {"query": query_shape, "key": key_shape, "value": value_shape}
         for name, shape in shapes.items():
             if len(shape) < 3 or len(shape) != len(query_shape):
                 raise ValueError(

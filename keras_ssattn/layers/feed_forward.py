@@ -3,6 +3,7 @@
 import keras
 
 from keras_ssattn._checks import check_integer
+from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, serialize_policy
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
@@ -86,10 +87,10 @@ class FeedForward(keras.layers.Layer):
         return [*([self.gate] if self.gated else []), self.up, self.down]
 
     def call(self, inputs: Tensor) -> Tensor:
-        x = self.up(inputs)
+        x = call_inside(self.up, inputs)
         if self.gated:
-            x = x * self.gate(inputs)
-        return self.down(x)
+            x = x * call_inside(self.gate, inputs)
+        return call_inside(self.down, x)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

@@ -1,5 +1,6 @@
 """A transformer block around attention with a choice of normalizer."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from keras_ssattn._checks import (
     check_number,
     check_rate,
 )
+from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
 from keras_ssattn._keras.serialization import Specification, check_options, serialize_policy
@@ -256,7 +258,8 @@ class TransformerBlock(keras.layers.Layer):
         caches = []
 
         def attend(x: Tensor) -> Tensor:
-            result = self.attention(
+            result = call_inside(
+                self.attention,
                 x,
                 x,
                 query_mask=mask,
@@ -276,16 +279,16 @@ class TransformerBlock(keras.layers.Layer):
             return result[0]
 
         def attend_to_context(x: Tensor) -> Tensor:
-            return self.context_attention(
-                x, context, query_mask=mask, value_mask=context_mask, training=training
-            )
+            masks = {"query_mask": mask, "value_mask": context_mask}
+            return call_inside(self.context_attention, x, context, **masks, training=training)
 
         x = self._residual(inputs, self.attention_norm, self.attention_dropout, attend, training)
         if self.cross_attention:
             norm, dropout = self.context_attention_norm, self.context_attention_dropout
             x = self._residual(x, norm, dropout, attend_to_context, training)
         norm, dropout = self.feed_forward_norm, self.feed_forward_dropout
-        x = self._residual(x, norm, dropout, self.feed_forward, training)
+        part = functools.partial(call_inside, self.feed_forward)
+        x = self._residual(x, norm, dropout, part, training)
         watching = observer()
         if watching is not None:
             watching.transformed(self, x, mask)
@@ -303,9 +306,9 @@ class TransformerBlock(keras.layers.Layer):
         part: Callable[[Tensor], Tensor],
         training: bool | None,
     ) -> Tensor:
-        y = part(norm(x) if self.norm_position == "pre" else x)
+        y = part(call_inside(norm, x) if self.norm_position == "pre" else x)
         y = x + (dropout(y, training=training) if self.dropout > 0 else y)
-        return y if self.norm_position == "pre" else norm(y)
+        return y if self.norm_position == "pre" else call_inside(norm, y)
 
     def compute_output_shape(
         self, inputs_shape: Shape, context_shape: Shape | None = None
