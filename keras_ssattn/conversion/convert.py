@@ -1,72 +1,77 @@
-"""A trained model's attention exchanged for this package's."""
+"""Replaces the attention of a trained model with this package's."""
 
 import numbers
-from typing import Any
 
 import keras
 
 from keras_ssattn._keras.tree import walk
-from keras_ssattn.conversion.converted import cannot_be_loaded, foreign_below, mark, scope_with
-from keras_ssattn.conversion.copies import Copies, custom_objects
-from keras_ssattn.conversion.retrofit import Retrofit
-from keras_ssattn.conversion.substitution import refusal, substituted
+from keras_ssattn._typing import Config, Identifier
+from keras_ssattn.conversion.cloning import Clones, custom_objects
+from keras_ssattn.conversion.holders import (
+    Conversion,
+    Converted,
+    foreign_below,
+    holders_below,
+    original_class,
+    refusal,
+    scope_with,
+)
+from keras_ssattn.conversion.hub import is_of_kerashub
 from keras_ssattn.layers import normalizers
 
 
 def convert_attention(
-    model: Any,
-    normalizer: Any = "ssmax",
+    model: keras.Model,
+    normalizer: Identifier = "ssmax",
     train_length: int | None = None,
     *,
     causal: bool = True,
-) -> Any:
-    r"""Makes a new model of a trained one, with this package's attention and the same weights.
+) -> keras.Model:
+    r"""Makes a new model with this package's attention and the weights of a trained model.
 
-    Every `keras.layers.MultiHeadAttention` and `GroupQueryAttention` becomes a
-    `keras_ssattn.layers.MultiHeadAttention`, wherever it is: in functional and sequential
-    models, in models inside models, in layers and models of your own. As in Keras's, a mask of
-    any dtype is True where it is not 0. In KerasHub's models so do
-    `CachedMultiHeadAttention` (as in `GPT2CausalLM`) and Llama's attention, and `generate` goes
-    on working with its cache. Names, options, trainable flags and shared layers stay.
+    It replaces each `keras.layers.MultiHeadAttention` and `GroupQueryAttention` by a
+    `keras_ssattn.layers.MultiHeadAttention`: in functional and sequential models, in models
+    inside models, and in your own layers and models. In KerasHub's models it also replaces
+    `CachedMultiHeadAttention` (as in `GPT2CausalLM`) and Llama's attention; `generate` goes on
+    working with its cache. Names, options, trainable flags and shared layers stay. As in Keras's
+    attention, masks may be of any dtype, and are True where they are not 0.
 
     With `"ssmax"`, s starts in every head at
 
     .. math:: s = 1 / \mathrm{mean}_n \log n
 
-    so that on average over the numbers n of keys that queries saw in training the scale
-    :math:`s \log n` is 1, and the model begins near its old self. Where :math:`s \log n = 1`, or
-    with `"softmax"`, it gives its old outputs.
+    over the numbers n of keys that queries saw in training. So the mean scale :math:`s \log n` is
+    1, and the new model starts close to the old one. Where :math:`s \log n = 1`, and everywhere
+    with `"softmax"`, it gives the old outputs.
 
     Args:
-        model: a built `keras.Model`. It is left as it is. Classes of your own are made again
-            from their configuration, as `keras.models.load_model` would; compilation is not
-            carried over (KerasHub compiles its tasks itself; the sampler stays).
+        model: a built `keras.Model`, which is not changed. Your own classes are made again from
+            their configuration, as `keras.models.load_model` makes them. The new model is not
+            compiled (but KerasHub compiles its tasks itself; they keep their sampler).
         normalizer: as in `MultiHeadAttention`: a name, a layer such as `SSMax(init_s=0.2)`, or
             its config.
-        train_length: L, the length of the sequences that the model was trained on; with
-            `"ssmax"`, and only with it, it must be given.
-        causal: whether each query saw the keys up to its own, n = 1 ... L, as in language
-            models, or all of them, n = L, as in encoders. Sliding windows are taken into account,
-            padding is not. s alone depends on it; at any time n is counted from the masks.
-            All attention starts from the one s. Where a query sees all keys of another sequence,
-            in cross-attention, its n is the length of that one throughout: there, in a model
-            with causal attention too, s should start at 1 / log of it, which you can `assign`
+        train_length: L, the length of the sequences that the model was trained on. Required with
+            `"ssmax"`, and allowed only there.
+        causal: whether each query saw the keys up to its own position, n = 1 ... L, as in
+            language models, or all keys, n = L, as in encoders. Sliding windows are counted,
+            padding is not. Only the first value of s depends on it: later, n comes from the masks.
+            All converted layers start from one s. In cross-attention n is the length of the keys,
+            also in models whose other attention is causal: there, `assign` 1 / log of that length
             to `normalizer.s`.
 
     Returns:
-        The new model. It saves and loads as any other, after `import keras_ssattn`; but load its
-        weights into converted models only: Keras does not notice an s that a model lacks.
-        KerasHub's presets have no place for it: `save_to_preset` raises. The model differs from
-        the old one where a query sees no key: there attention gives zeros.
+        The new model. After `import keras_ssattn` it saves and loads like any other. Load its
+        weights into converted models only: Keras ignores an s that a model does not have.
+        KerasHub's `save_to_preset` raises, as presets cannot hold s. Where a query sees no key,
+        the new attention gives zeros, and the old one did not.
 
     Raises:
-        TypeError: for a `model` that is no `keras.Model`, or is not built.
-        ValueError: if there is no attention, or some that cannot be converted: the message
-            names each such layer and what prevents it, such as `use_gate=True`, attention over
-            other axes than time, quantization, LoRA anywhere, a class that cannot be made again
-            or shares its name with another, or a dtype policy that only a global one of before
-            has set. Also for an unknown normalizer, and a `train_length` below 2, missing or out
-            of place.
+        TypeError: if `model` is not a `keras.Model`, or is not built.
+        ValueError: if there is no attention, or some of it cannot be converted. The message names
+            each such layer with the reason: `use_gate=True`, attention over other axes than time,
+            quantization, LoRA anywhere, a class that cannot be made again or shares its name with
+            another, or a dtype policy that came from a global one which has changed since. Also
+            for an unknown normalizer, and for a `train_length` below 2, missing or out of place.
 
     Example:
 
@@ -81,25 +86,13 @@ def convert_attention(
 
     Reference: arXiv 2501.19399, section on replacing softmax after training.
     """
-    wanted = _check(model, normalizer, train_length, causal)
-    paths = {id(layer): path for path, layer in walk(model)}
-    found = foreign_below(model)
-    if not found:
-        raise ValueError(
-            "`model` must have a `keras.layers.MultiHeadAttention` or `GroupQueryAttention`. "
-            f"Received: `{model.name}`, without any"
-        )
-    refusals = [(path, refusal(layer, wanted)) for path, layer in found]
-    refusals += [
-        (path, "LoRA is enabled")
-        for path, layer in walk(model)
-        if getattr(layer, "lora_enabled", False)
-    ]
-    _raise_for([(path, reason) for path, reason in refusals if reason is not None])
+    options = _check(model, normalizer, train_length, causal)
+    _raise_for(_refusals(model))
+    conversion = Conversion.from_config(options, holders_below(model, foreign_below))
     custom = custom_objects(model)
-    with substituted(wanted), scope_with(custom):
-        copies = Copies(paths)
-        new = copies.make(model)
+    with conversion.active(), scope_with(custom):
+        clones = Clones(model)
+        new = clones.make(model)
         if not new.built:
             new.build_from_config(model.get_build_config())
             new.built = True
@@ -109,14 +102,57 @@ def convert_attention(
             for path, layer in foreign_below(new)
         ]
     )
-    copies.copy_state(model, new)
-    mark(new, wanted)
+    clones.copy_state(new)
     with scope_with(custom):
-        _raise_for(cannot_be_loaded(new))
+        _raise_for(_not_loadable(new, clones))
     return new
 
 
-def _check(model: Any, normalizer: Any, train_length: Any, causal: Any) -> Retrofit:
+def _refusals(model: keras.Model) -> list[tuple[str, str]]:
+    """The paths of the layers that cannot be converted, with the reasons."""
+    found = foreign_below(model)
+    if not found:
+        raise ValueError(
+            "`model` must have a `keras.layers.MultiHeadAttention` or `GroupQueryAttention`. "
+            f"Received: `{model.name}`, without any"
+        )
+    reasons = [(path, refusal(layer)) for path, layer in found]
+    reasons += [
+        (path, "LoRA is enabled")
+        for path, layer in walk(model)
+        if getattr(layer, "lora_enabled", False)
+    ]
+    return [(path, reason) for path, reason in reasons if reason is not None]
+
+
+def _not_loadable(new: keras.Model, clones: Clones) -> list[tuple[str, str]]:
+    """The converted layers that could not be loaded from a file, and why.
+
+    If the configuration did not change, it can be loaded: the conversion has just made the layer
+    from it. It changes if it contains that of the attention. Then loading is tried.
+    """
+    converted = [(path, layer) for path, layer in walk(new) if isinstance(layer, Converted)]
+    inside = {id(y) for _, x in converted for _, y in walk(x) if y is not x}
+    reasons = []
+    for path, layer in converted:
+        # The configurations of KerasHub's layers contain no attention
+        if id(layer) in inside or is_of_kerashub(original_class(layer).__module__):
+            continue
+        config = keras.saving.serialize_keras_object(layer.get_config())
+        before = keras.saving.serialize_keras_object(clones.original_of(layer).get_config())
+        if config["layer"]["config"] == before:
+            continue
+        config["layer"].pop("build_config", None)  # without it, no weights are made
+        try:
+            type(layer).from_config(config)
+        except Exception as error:
+            name = original_class(layer).__name__
+            reasons.append((path, f"`{name}`, once converted, could not be loaded: {error}"))
+    return reasons
+
+
+def _check(model: object, normalizer: Identifier, train_length: object, causal: object) -> Config:
+    """Checks the arguments, and returns those that a `Conversion` takes."""
     if not isinstance(model, keras.Model) or not model.built:
         raise TypeError(f"`model` must be a `keras.Model` that is built. Received: model={model!r}")
     specification = normalizers.get_for_attention(normalizer)
@@ -136,8 +172,9 @@ def _check(model: Any, normalizer: Any, train_length: Any, causal: Any) -> Retro
         )
     if not isinstance(causal, bool):
         raise ValueError(f"`causal` must be True or False. Received: causal={causal!r}")
-    named = isinstance(normalizer, str)
-    return Retrofit(normalizer if named else specification, train_length, causal)
+    if not isinstance(normalizer, str):
+        normalizer = specification
+    return {"normalizer": normalizer, "train_length": train_length, "causal": causal}
 
 
 def _raise_for(reasons: list[tuple[str, str]]) -> None:

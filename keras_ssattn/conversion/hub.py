@@ -1,8 +1,9 @@
-"""Attention of KerasHub's models, with the calls and the caches that KerasHub gives it.
+"""Replaces attention in KerasHub's models; takes KerasHub's call arguments and caches.
 
-KerasHub is not imported before there is one of its layers to convert.
+KerasHub is imported only once a model or a file has one of its layers.
 """
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from keras import ops
 
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.tree import held_layers
-from keras_ssattn.conversion.retrofit import Retrofit, multi_head_options
-from keras_ssattn.layers import MultiHeadAttention, normalizers
+from keras_ssattn._typing import Config, DType, Identifier, Shape, Size, Tensor
+from keras_ssattn.conversion.attention import converted_options
+from keras_ssattn.layers import MultiHeadAttention, RotaryEmbedding
 from keras_ssattn.ops import Cache
 
 CACHED = ("keras_hub.src.layers.modeling.cached_multi_head_attention", "CachedMultiHeadAttention")
@@ -22,39 +24,51 @@ LLAMA = ("keras_hub.src.models.llama.llama_attention", "LlamaAttention")
 LLAMA_ROTARY = ("keras_hub.src.models.llama.llama_rotary_embedding", "LlamaRotaryEmbedding")
 
 
-class KerasHubAttention(keras.layers.Layer):
-    """Holds a `MultiHeadAttention`, and has KerasHub cache its keys and values.
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class KerasHubMultiHeadAttention(keras.layers.Layer):
+    """Replaces `keras_hub.layers.CachedMultiHeadAttention`, and is called like it.
 
-    KerasHub's cache is one tensor `[B, 2, S, K, D]`, and the mask that comes with it is
-    `[B, T, S]`. n is the number of keys that this mask leaves: all that a query sees, with those
-    of earlier passes.
+    It holds a `MultiHeadAttention`. KerasHub's cache is one tensor `[B, 2, S, K, D]`, with a mask
+    `[B, T, S]`. n is the number of keys that this mask shows to a query, including those of
+    earlier calls.
 
     Args:
         options: of `MultiHeadAttention`.
     """
 
-    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, options: Config, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self.options = options
+        self.options: Config = keras.saving.serialize_keras_object(options)
+        self.supports_masking = True  # passes masks on, as KerasHub's does
 
-    def make_attention(self, **options: Any) -> MultiHeadAttention:
+    def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
+        self._build_attention(query_shape, value_shape, key_shape)
+
+    def _build_attention(self, *shapes: Shape | None, **options: object) -> None:
         options = {**self.options, **options, "name": "attention", "dtype": self.dtype_policy}
-        return MultiHeadAttention.from_config(options)
+        self.attention = MultiHeadAttention.from_config(options)
+        self.attention.build(*shapes)
+        freeze_sublayers(self)
 
-    def attend(
+    def call(
         self,
-        query: Any,
-        value: Any,
-        key: Any,
-        attention_mask: Any,
-        cache: Any,
-        cache_update_index: Any,
-        **options: Any,
-    ) -> Any:
+        query: Tensor,
+        value: Tensor,
+        key: Tensor = None,
+        attention_mask: Tensor = None,
+        cache: Tensor = None,
+        cache_update_index: Size = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        options: Config = {
+            "return_attention_scores": return_attention_scores,
+            "training": training,
+        }
         if attention_mask is not None:
             options["attention_mask"] = ops.cast(attention_mask, "bool")
-        # Not through `__call__`, which would add the masks attached to the tensors: KerasHub's
-        # attention has no arguments for them, and sees what `attention_mask` says
+        # `__call__` would add the masks attached to the tensors. KerasHub's attention has no
+        # arguments for them: it only sees `attention_mask`.
         attend = self.attention.call
         if cache is None:
             return attend(query, value, key, **options)
@@ -65,142 +79,112 @@ class KerasHubAttention(keras.layers.Layer):
             )
         batch_size, _, length = ops.shape(cache)[:3]
         unpadded = ops.ones((batch_size, length), "bool")  # `attention_mask` has the padding
-        *results, new = attend(
-            query,
-            value,
-            key,
-            use_causal_mask=True,
-            cache=Cache(cache[:, 0], cache[:, 1], unpadded),
-            cache_index=cache_update_index,
-            **options,
-        )
+        options["cache"] = Cache(cache[:, 0], cache[:, 1], unpadded)
+        options["cache_index"] = cache_update_index
+        *results, new = attend(query, value, key, use_causal_mask=True, **options)
         return *results, ops.stack((new[0], new[1]), axis=1)
 
-    def get_config(self) -> dict[str, Any]:
-        options = {**self.options}
-        if not isinstance(options["normalizer"], (str, dict)):
-            options["normalizer"] = normalizers.get_for_attention(options["normalizer"]).serialize()
-        return {**super().get_config(), "options": options}
+    def get_config(self) -> Config:
+        return {**super().get_config(), "options": {**self.options}}
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class KerasHubMultiHeadAttention(KerasHubAttention):
-    """What `keras_hub.layers.CachedMultiHeadAttention` becomes, with its call."""
+class KerasHubRotary(RotaryEmbedding):
+    """KerasHub's `LlamaRotaryEmbedding` as a rotary embedding of this package.
 
-    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(options, **kwargs)
-        self.supports_masking = True  # passes masks on, as KerasHub's does
+    Args:
+        options: of `LlamaRotaryEmbedding`.
+    """
 
-    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
-        self.attention = self.make_attention()
-        self.attention.build(query_shape, value_shape, key_shape)
-        freeze_sublayers(self)
+    def __init__(self, options: Config, **kwargs: Any) -> None:
+        super().__init__(theta=options["max_wavelength"], **kwargs)
+        self.options = options
+        module, name = LLAMA_ROTARY
+        cls = getattr(importlib.import_module(module), name)
+        self.embedding = cls(**options, dtype=self.dtype_policy, name="embedding")
 
-    def call(
-        self,
-        query: Any,
-        value: Any,
-        key: Any = None,
-        attention_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
-        return_attention_scores: bool = False,
-        training: bool | None = None,
-    ) -> Any:
-        options = {"return_attention_scores": return_attention_scores, "training": training}
-        return self.attend(query, value, key, attention_mask, cache, cache_update_index, **options)
+    def call(self, x: Tensor, positions: Tensor = None, offset: Size = 0) -> Tensor:
+        return self.embedding(x, start_index=offset, positions=positions)
+
+    def rotation(
+        self, positions: Tensor, size: int, dtype: DType = "float32"
+    ) -> "KerasHubRotation":
+        return KerasHubRotation(self.embedding, positions)
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        same = {name: config[name] for name in ("name", "trainable", "dtype")}
+        return {**same, "options": {**self.options}}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KerasHubRotation:
+    """What KerasHub's embedding does to queries and keys at some positions, as a `Rotation`."""
+
+    embedding: keras.Layer
+    positions: Tensor  # [B|1, T]
+
+    def turn(self, x: Tensor) -> Tensor:
+        one = self.positions.shape[0] == 1
+        return self.embedding(x, positions=self.positions[0] if one else self.positions)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class KerasHubLlamaAttention(KerasHubAttention):
-    """What KerasHub's `LlamaAttention` becomes, with its call; its rotary embedding stays.
+class KerasHubLlamaAttention(KerasHubMultiHeadAttention):
+    """Replaces KerasHub's `LlamaAttention`, is called like it, and keeps its rotary embedding.
 
     Args:
         options: of `MultiHeadAttention`; `key_dim` follows from the input.
         rotary_options: of KerasHub's `LlamaRotaryEmbedding`.
     """
 
-    def __init__(
-        self, options: dict[str, Any], rotary_options: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def __init__(self, options: Config, rotary_options: Config, **kwargs: object) -> None:
         super().__init__(options, **kwargs)
         self.rotary_options = rotary_options
+        self.supports_masking = False
 
-    def build(self, inputs_shape: Any) -> None:
+    def build(self, inputs_shape: Shape) -> None:  # type: ignore[override]
         size = inputs_shape[-1] // self.options["num_heads"]
-        self.attention = self.make_attention(key_dim=size)
-        self.attention.rotary = KerasHubRotary(
-            self.rotary_options, dtype=self.dtype_policy, name="rotary"
-        )
-        self.attention.build(inputs_shape, inputs_shape)
-        freeze_sublayers(self)
+        rotary = KerasHubRotary({**self.rotary_options})
+        self._build_attention(inputs_shape, inputs_shape, key_dim=size, rotary=rotary)
 
-    def call(
+    def call(  # type: ignore[override]
         self,
-        hidden_states: Any,
-        attention_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor = None,
+        cache: Tensor = None,
+        cache_update_index: Size = None,
         training: bool | None = None,
-    ) -> Any:
-        return self.attend(
-            hidden_states,
-            hidden_states,
-            None,
-            attention_mask,
-            cache,
-            cache_update_index,
-            training=training,
-        )
+    ) -> Tensor | tuple[Tensor, ...]:
+        options = (attention_mask, cache, cache_update_index)
+        return super().call(hidden_states, hidden_states, None, *options, training=training)
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "rotary_options": self.rotary_options}
+    def get_config(self) -> Config:
+        return {**super().get_config(), "rotary_options": {**self.rotary_options}}
 
 
-class KerasHubRotary(keras.layers.Layer):
-    """KerasHub's `LlamaRotaryEmbedding`, called as this package's rotary embeddings are."""
-
-    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        module, name = LLAMA_ROTARY
-        cls = getattr(importlib.import_module(module), name)
-        self.embedding = cls(**options, dtype=self.dtype_policy, name="embedding")
-
-    def call(self, x: Any, offset: Any = 0) -> Any:
-        return self.embedding(x, start_index=offset)
+def _make_cached(options: Config, normalizer: Identifier) -> KerasHubMultiHeadAttention:
+    own, options = _own_options(options)
+    return KerasHubMultiHeadAttention(converted_options(options, normalizer), **own)
 
 
-def _from_cached(layer: Any, wanted: Retrofit) -> KerasHubAttention:
-    options = multi_head_options(layer, wanted)
-    own = {name: options.pop(name) for name in ("name", "trainable", "dtype")}
-    return KerasHubMultiHeadAttention.from_config({**own, "options": options})
+def _make_llama(options: Config, normalizer: Identifier) -> KerasHubMultiHeadAttention:
+    own, options = _own_options(options)
+    names = ("num_query_heads", "num_key_value_heads", "kernel_initializer")
+    attention = converted_options({name: options[name] for name in names}, normalizer)
+    rotary = {name[5:]: x for name, x in options.items() if name.startswith("rope_")}
+    return KerasHubLlamaAttention({**attention, "use_bias": False}, rotary, **own)
 
 
-def _from_llama(layer: Any, wanted: Retrofit) -> KerasHubAttention:
-    # Its `get_config` asks for an attribute that it does not have
-    initializer = keras.initializers.serialize(layer.kernel_initializer)
-    options = {
-        "num_heads": layer.num_query_heads,
-        "num_kv_heads": layer.num_key_value_heads,
-        "use_bias": False,
-        "kernel_initializer": initializer,
-        "normalizer": wanted.normalizer_for(None),
-    }
-    rotary_options = {
-        "max_wavelength": layer.rope_max_wavelength,
-        "position_scaling_factor": layer.rope_position_scaling_factor,
-        "frequency_adjustment_factor": layer.rope_frequency_adjustment_factor,
-        "low_freq_factor": layer.rope_low_freq_factor,
-        "high_freq_factor": layer.rope_high_freq_factor,
-        "pretraining_sequence_length": layer.rope_pretraining_sequence_length,
-    }
-    own = {"name": layer.name, "trainable": layer.trainable, "dtype": layer.dtype_policy}
-    return KerasHubLlamaAttention(options, rotary_options, **own)
+def _own_options(options: Config) -> tuple[Config, Config]:
+    """Divides options into those of the layer that holds the attention, and the others."""
+    own = {name: x for name, x in options.items() if name in ("name", "trainable", "dtype")}
+    return own, {name: x for name, x in options.items() if name not in own}
 
 
-def substitutes() -> dict[type, Callable]:
-    """By class of KerasHub's, the function of a layer and a `Retrofit` that makes its successor."""
-    makers = {CACHED: _from_cached, LLAMA: _from_llama}
+def substitutes() -> dict[type, Callable[[Config, Identifier], keras.Layer]]:
+    """For each attention class of KerasHub, the function that makes its replacement."""
+    makers = {CACHED: _make_cached, LLAMA: _make_llama}
     return {
         getattr(sys.modules[module], name): make
         for (module, name), make in makers.items()
@@ -208,29 +192,35 @@ def substitutes() -> dict[type, Callable]:
     }
 
 
-def is_attention(layer: Any) -> bool:
-    """Whether a layer of KerasHub's is attention that holds no Keras layer to do it."""
+def is_of_kerashub(module: str) -> bool:
+    """Whether a module with this full name belongs to KerasHub."""
+    return module.split(".")[0] == "keras_hub"
+
+
+def is_attention(layer: keras.Layer) -> bool:
+    """Whether a layer is KerasHub's own attention, and not one that holds Keras's layer."""
     cls = type(layer)
-    if cls.__module__.split(".")[0] != "keras_hub" or "Attention" not in cls.__name__:
+    if not is_of_kerashub(cls.__module__) or "Attention" not in cls.__name__:
         return False
     doers = (keras.layers.MultiHeadAttention, MultiHeadAttention)
     return not any(isinstance(held, doers) for held in held_layers(layer).values())
 
 
-def refusal_of_options(layer: Any) -> str | None:
-    """Which option of a layer of KerasHub's the ones above lack, or `None`."""
-    known = substitutes()
-    if known.get(type(layer)) is _from_llama and layer.dropout > 0:
-        return f"dropout={layer.dropout}, of the heads' outputs, not of the weights"
-    if known.get(type(layer)) is _from_cached and layer.name == "cross_attention":
+def refusal_of_options(cls: type, options: Config) -> str | None:
+    """Names an option of a layer of KerasHub that cannot be converted, or returns `None`."""
+    make = substitutes().get(cls)
+    if make is _make_llama and options["dropout"] > 0:
+        return f"dropout={options['dropout']}, of the heads' outputs, not of the weights"
+    if make is _make_cached and options["name"] == "cross_attention":
         return "cross-attention, which caches projected keys and values alone"
     return None
 
 
-def remake_task(task: Any) -> Any | None:
-    """A new `keras_hub.models.Task` of the same configuration; `None` for any other layer.
+def remake_task(task: keras.Layer) -> keras.Layer | None:
+    """Makes a `keras_hub.models.Task` again; returns `None` for any other layer.
 
-    The preprocessor is shared: it learns nothing, and its vocabulary may be in no configuration.
+    Both tasks share the preprocessor. It has no weights, and its configuration may lack its
+    vocabulary.
     """
     models = sys.modules.get("keras_hub.models")
     if models is None or not isinstance(task, models.Task):
@@ -240,3 +230,11 @@ def remake_task(task: Any) -> Any | None:
     if isinstance(task, models.CausalLM) and task.compiled:
         new.compile(sampler=type(task.sampler).from_config(task.sampler.get_config()))
     return new
+
+
+def refuse_preset(task: keras.Layer, *_: object, **__: object) -> None:
+    """The `save_to_preset` of a converted model."""
+    raise ValueError(
+        "A converted model must be saved with `.save()`, as KerasHub loads presets of its own "
+        f"attention only. Received: `save_to_preset` of a converted `{type(task).__name__}`"
+    )

@@ -1,92 +1,70 @@
-"""Attention layers replaced by this package's as they are made.
+"""Changes for a while what calling a class gives.
 
-A layer of some other class makes its attention itself, in its constructor or in `build`, and
-keeps it where it likes. What it holds cannot be exchanged afterwards, but what it is given when
-it asks for a `keras.layers.MultiHeadAttention` can.
+This is the only file of the package that changes a class of another library. A layer that makes
+attention itself calls `keras.layers.MultiHeadAttention(...)` in its constructor or in `build`.
+Keras does not let anyone replace the result in a layer that is built. So the call must give the
+new attention in the first place: for a while, the `__new__` of the class is replaced. Only the
+thread that asked for it notices; in all other threads the class works as before.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
-import keras
-
-from keras_ssattn._keras.tree import held_layers
-from keras_ssattn.conversion import hub as convert_hub
-from keras_ssattn.conversion import retrofit
-
-_lock = threading.RLock()
-_active: list[tuple[retrofit.Retrofit, list]] = []  # of the thread that holds the lock
+# For each class, a function that takes the arguments of the call and makes another object. If the
+# object is an instance of the class, Python calls its `__init__` next, as after any `__new__`.
+Makers: TypeAlias = Mapping[type, Callable[..., object]]
 
 
-def substitutes() -> dict[type, Callable]:
-    """By class of a layer, the function of it and a `Retrofit` that makes its successor."""
-    return {**retrofit.SUBSTITUTES, **convert_hub.substitutes()}
+class _InThisThread(threading.local):
+    makers: Makers | None = None
 
 
-def is_foreign_attention(layer: Any) -> bool:
-    """Whether a layer is attention, as far as one can see, and not this package's."""
-    known = (*retrofit.SUBSTITUTES, keras.layers.Attention)
-    return (
-        isinstance(layer, known) or type(layer) in substitutes() or convert_hub.is_attention(layer)
-    )
-
-
-def refusal(layer: Any, wanted: retrofit.Retrofit) -> str | None:
-    """Why a layer of attention cannot be converted, or `None`."""
-    make = substitutes().get(type(layer))
-    if make is None:
-        return f"`{type(layer).__name__}` has a way of its own to compute attention"
-    for projection in held_layers(layer).values():
-        if getattr(projection, "quantization_mode", None) is not None:
-            return f"quantized to {projection.quantization_mode}"
-    is_keras = isinstance(layer, tuple(retrofit.SUBSTITUTES))
-    reason = retrofit.refusal_of_options(layer) if is_keras else None
-    reason = reason or convert_hub.refusal_of_options(layer)
-    if reason is None:
-        try:
-            make(layer, wanted)
-        except (TypeError, ValueError) as error:
-            reason = str(error)
-    return reason
+_current = _InThisThread()
+_lock = threading.Lock()
+_replaced: dict[type, int] = {}  # how many substitutions use the replaced `__new__` of a class
+_own: dict[type, object] = {}  # the former `__new__` of a class, if the class itself defined it
 
 
 @contextlib.contextmanager
-def substituted(wanted: retrofit.Retrofit) -> Iterator[list]:
-    """While it lasts, what this thread makes of those classes becomes this package's attention.
+def substituted(makers: Makers) -> Iterator[None]:
+    """Inside this context, calling a class of `makers` calls its maker, in this thread only.
 
-    Yields:
-        A list that the new layers are added to.
+    An inner context hides the one around it.
     """
-    with _lock, contextlib.ExitStack() as stack:
-        if not _active:
-            for target, function in substitutes().items():
-                stack.callback(_restore, target, vars(target).get("__new__"))
-                target.__new__ = _constructor(target, function)  # type: ignore[method-assign]
-        made: list = []
-        _active.append((wanted, made))
-        stack.callback(_active.pop)
-        yield made
+    with contextlib.ExitStack() as stack:
+        for target in makers:
+            _replace(target)
+            stack.callback(_restore, target)
+        stack.callback(setattr, _current, "makers", _current.makers)
+        _current.makers = makers
+        yield
 
 
-def _constructor(target: Any, function: Callable) -> Callable:
-    original, thread = target.__new__, threading.get_ident()
+def _replace(target: Any) -> None:
+    with _lock:
+        _replaced[target] = _replaced.get(target, 0) + 1
+        if _replaced[target] > 1:
+            return
+        if "__new__" in vars(target):
+            _own[target] = vars(target)["__new__"]
+        original = target.__new__
 
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        layer = original(cls, *args, **kwargs)
-        if cls is not target or threading.get_ident() != thread:
-            return layer
-        layer.__init__(*args, **kwargs)
-        wanted, made = _active[-1]
-        made.append(function(layer, wanted))
-        return made[-1]  # an instance of another class, so that `__init__` is not called on it
+        def new(cls: type, *args: Any, **kwargs: Any) -> object:
+            make = (_current.makers or {}).get(cls)  # none for a subclass of `target`
+            return original(cls, *args, **kwargs) if make is None else make(*args, **kwargs)
 
-    return new
+        target.__new__ = new
 
 
-def _restore(target: Any, own: Any) -> None:
-    if own is None:
-        del target.__new__
-    else:
-        target.__new__ = own
+def _restore(target: Any) -> None:
+    with _lock:
+        _replaced[target] -= 1
+        if _replaced[target]:
+            return
+        del _replaced[target]
+        if target in _own:
+            target.__new__ = _own.pop(target)
+        else:
+            del target.__new__

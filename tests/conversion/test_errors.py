@@ -39,22 +39,13 @@ def dot_product():
 
 
 REFUSED = {
-    "axes": (lambda: model_of(multi_head(attention_axes=(1, 2)), shape=(4, 5, 6)), "of shapes"),
-    "other_axis": (lambda: model_of(multi_head(attention_axes=2)), "attention_axes="),
-    "four_axes": (lambda: model_of(multi_head(), shape=(4, 5, 6)), "not [batch, time, features]"),
-    "flash": (lambda: model_of(multi_head(flash_attention=True)), "flash_attention=True"),
-    "regularizer": (
-        lambda: model_of(multi_head(activity_regularizer="l2")),
-        "activity_regularizer",
-    ),
     "subclass": (lambda: model_of(multi_head(custom.Subclass)), "`Subclass` has a way of its own"),
     "dot_product": (dot_product, "`Attention` has a way of its own"),
     "quantized": (quantized, "quantized to int8"),
-    "gate": (lambda: model_of(multi_head(use_gate=True)), "use_gate=True"),
 }
 
 
-@pytest.mark.parametrize("case", [case for case in REFUSED if case != "gate" or HAS_GATE])
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_converted_is_named(case):
     make, reason = REFUSED[case]
     model = make()
@@ -67,7 +58,7 @@ def test_what_cannot_be_converted_is_named(case):
 
 def test_all_of_it_is_named_in_one_error():
     block = custom.Given(multi_head(custom.Subclass, name="inside"), name="block")
-    inner = model_of(multi_head(activity_regularizer="l1"), name="inner")
+    inner = model_of(multi_head(custom.Subclass), name="inner")
     model = model_of(multi_head(), inner, block)
     with pytest.raises(ValueError, match="that can be converted") as error:
         convert_attention(model, "softmax")

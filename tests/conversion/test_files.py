@@ -7,7 +7,7 @@ from support import custom_layers as custom
 from support.cases import randomize
 from support.helpers import predict
 
-from keras_ssattn.conversion.converted import converted_below
+from keras_ssattn.conversion.holders import converted_below
 from keras_ssattn.layers import SSMax
 from keras_ssattn.models import convert_attention
 

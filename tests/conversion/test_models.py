@@ -8,7 +8,7 @@ import pytest
 from support import custom_layers as custom
 from support.helpers import reload
 
-from keras_ssattn.conversion.converted import Converted, converted_below, foreign_below
+from keras_ssattn.conversion.holders import Converted, converted_below, foreign_below
 from keras_ssattn.layers import MultiHeadAttention, SSMax
 from keras_ssattn.models import convert_attention
 

@@ -3,13 +3,14 @@
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from support.helpers import predict
 
-from keras_ssattn.conversion.converted import converted_below, foreign_below
+from keras_ssattn.conversion.holders import converted_below, foreign_below
 from keras_ssattn.layers import SSMax
 from keras_ssattn.models import convert_attention
 
@@ -298,6 +299,46 @@ def test_what_cannot_be_converted_is_named():
     model = keras.Model(inputs, decoder(inputs, inputs))
     with pytest.raises(ValueError, match="decoder/cross_attention: cross-attention"):
         convert_attention(model, "softmax")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_files_of_0_1_0_predict_the_same(name, tmp_path):
+    folder = Path(__file__).parents[1] / "data" / "0.1.0"
+    expected = np.load(folder / "converted-hub.npz")[f"hub-{name}"]
+    model = keras.saving.load_model(folder / f"converted-hub-{name}.keras", compile=False)
+    ids = text((9, 9))["token_ids"]
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    close = {"rtol": 1e-6, "atol": 1e-6 * np.abs(expected).max()}
+    np.testing.assert_allclose(predict(model, x), expected, **close)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_allclose(predict(again, x), expected, **close)
+
+
+def test_a_file_is_loaded_without_importing_kerashub_before(tmp_path):
+    converted = with_scales(gpt2())
+    converted.save(tmp_path / "model.keras")
+    code = (
+        "import sys, keras, numpy, keras_ssattn; model = keras.saving.load_model("
+        "sys.argv[1] + '/model.keras', compile=False); ids = numpy.arange(18).reshape(2, 9); "
+        "y = model({'token_ids': ids, 'padding_mask': numpy.ones_like(ids)}, training=False); "
+        "numpy.save(sys.argv[1] + '/y.npy', keras.ops.convert_to_numpy(y))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    ids = np.arange(18).reshape(2, 9)
+    expected = predict(converted, {"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    assert_close(np.load(tmp_path / "y.npy"), expected)
+
+
+def test_layers_of_a_converted_model_are_saved_by_themselves(tmp_path):
+    model = with_scales(gpt2())
+    decoder = model.backbone.transformer_layers[0]
+    inputs = keras.Input((7, 12))
+    alone = keras.Model(inputs, decoder(inputs))
+    alone.save(tmp_path / "decoder.keras")
+    x = np.random.default_rng(3).normal(size=(2, 7, 12)).astype("float32")
+    loaded = keras.saving.load_model(tmp_path / "decoder.keras")
+    assert_close(predict(loaded, x), predict(alone, x))
 
 
 def test_kerashub_is_not_imported_before_it_is_needed():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from keras_ssattn._tensors import dtype_of, is_known, widen
+from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor, widen
 from keras_ssattn._typing import Number, Tensor
 from keras_ssattn.ops import kernels
 from keras_ssattn.ops._attention import dense, fused
@@ -61,8 +61,7 @@ def attend(
     """
     if implementation in ("fused", "flash"):
         _require_fused(query, key, value, kernel, visibility)
-    if visibility.guard is not None:
-        factor = visibility.guarded(ops.convert_to_tensor(factor, dtype_of(widen(query))))
+    factor = _factor_like(query, factor, visibility)
     if any(is_known(size) and size == 0 for x in (query, key) for size in x.shape[:2]):
         implementation = "dense"  # nothing to compute, and PyTorch has no maximum of nothing
     if implementation == "auto":
@@ -88,9 +87,17 @@ def attend_weights(
     >>> ops.attend_weights(q, q, ops.kernels.Softmax(), 0.25, seen).shape
     (2, 4, 7, 7)
     """
-    if visibility.guard is not None:
-        factor = visibility.guarded(ops.convert_to_tensor(factor, dtype_of(widen(query))))
+    factor = _factor_like(query, factor, visibility)
     return dense.weights(query, key, kernel, factor, visibility)
+
+
+def _factor_like(
+    query: Tensor, factor: Number | Tensor, visibility: Visibility
+) -> Number | Tensor:
+    """The factor in the precision of the arithmetic, with the guard of sizes that were unknown."""
+    if visibility.guard is None and isinstance(factor, (int, float)):
+        return factor
+    return visibility.guarded(cast(to_tensor(factor), dtype_of(widen(query))))
 
 
 def _fastest(
