@@ -54,6 +54,17 @@ def serialize_options(layer: Layer) -> Config:
     return config
 
 
+def policy_for(owner: Layer, name: str) -> keras.DTypePolicy:
+    """The dtype policy of the part `name` of a layer that is being built.
+
+    A quantized layer is loaded with a map of policies by path. Keras's own layers do not save what
+    they are given as a map.
+    """
+    policy = owner.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    return policy[f"{owner.path}/{name}"] if is_map else policy
+
+
 def serialize_policy(layer: Layer) -> Config:
     """The `dtype` entry of a layer's config, where quantization has changed its projections.
 

@@ -12,6 +12,7 @@ from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
 from keras_ssattn._keras.serialization import (
     check_options,
+    policy_for,
     serialize_options,
     serialize_policy,
 )
@@ -213,7 +214,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.value_dim = value_dim or key_dim
         self.num_kv_heads = num_kv_heads
         self.normalizer = specification.make(
-            num_heads=num_heads, name="normalizer", dtype=self.dtype_policy
+            num_heads=num_heads, name="normalizer", dtype=policy_for(self, "normalizer")
         )
         self.dropout = dropout
         self.use_bias = use_bias
@@ -222,7 +223,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.sliding_window = sliding_window
         self.flash_attention = flash_attention
         self.use_gate = bool(use_gate)
-        self.rotary: Layer = rotary and rotary.make(dtype=self.dtype_policy)
+        self.rotary: Layer = rotary and rotary.make(dtype=policy_for(self, "rotary"))
         self.qk_norm = qk_norm
         self.implementation = implementation
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -248,14 +249,15 @@ class MultiHeadAttention(keras.layers.Layer):
             shape = (num_heads, self.value_dim)
             self._gate_dense = projection(self, "gate", query_shape, shape, "sigmoid")
         else:
-            self._gate_dense = NoWeights(name="gate", dtype=self.dtype_policy)
+            self._gate_dense = NoWeights(name="gate", dtype=policy_for(self, "gate"))
         self.value_dense = projection(self, "value", value_shape, (num_kv_heads, self.value_dim))
         shape = (*query_shape[:-1], num_heads, self.value_dim)
         features = self._output_shape or (query_shape[-1],)
         self.output_dense = projection(self, "attention_output", shape, features)
         self.normalizer.build_for_attention((None, None, num_heads, self.key_dim))
+        name = "attention_dropout"
         self.attention_dropout = keras.layers.Dropout(
-            self.dropout, seed=self.seed, dtype=self.dtype_policy, name="attention_dropout"
+            self.dropout, seed=self.seed, dtype=policy_for(self, name), name=name
         )
         self.query_norm = self._head_norm("query_norm", num_heads)
         self.key_norm = self._head_norm("key_norm", num_kv_heads)
@@ -275,8 +277,8 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _head_norm(self, name: str, num_heads: int) -> Layer:
         if not self.qk_norm:
-            return NoWeights(name=name, dtype=self.dtype_policy)
-        norm = keras.layers.RMSNormalization(dtype=self.dtype_policy, name=name)
+            return NoWeights(name=name, dtype=policy_for(self, name))
+        norm = keras.layers.RMSNormalization(dtype=policy_for(self, name), name=name)
         norm.supports_masking = True
         norm.build((None, None, num_heads, self.key_dim))
         return norm

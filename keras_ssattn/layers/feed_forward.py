@@ -5,7 +5,7 @@ import keras
 from keras_ssattn._checks import check_integer
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
-from keras_ssattn._keras.serialization import check_options, serialize_policy
+from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
 
 
@@ -66,7 +66,7 @@ class FeedForward(keras.layers.Layer):
                 size,
                 activation=activation,
                 use_bias=self.use_bias,
-                dtype=self.dtype_policy,
+                dtype=policy_for(self, name),
                 name=name,
             )
             layer.build(shape)
@@ -76,7 +76,7 @@ class FeedForward(keras.layers.Layer):
         if self.gated:
             self.gate = dense("gate", self.inner_size, input_shape, self.activation)
         else:
-            self.gate = NoWeights(name="gate", dtype=self.dtype_policy)
+            self.gate = NoWeights(name="gate", dtype=policy_for(self, "gate"))
         activation = None if self.gated else self.activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)

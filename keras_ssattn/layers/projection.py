@@ -3,6 +3,7 @@
 import keras
 
 from keras_ssattn._checks import check_integer
+from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._typing import Layer, Shape
 
 
@@ -37,7 +38,7 @@ def projection(
         activity_regularizer=attention.projection_regularizer,
         kernel_constraint=attention.kernel_constraint,
         bias_constraint=attention.bias_constraint,
-        dtype=attention.dtype_policy,
+        dtype=policy_for(attention, name),
         name=name,
     )
     layer.supports_masking = True

@@ -16,7 +16,12 @@ from keras_ssattn._checks import (
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
-from keras_ssattn._keras.serialization import Specification, check_options, serialize_policy
+from keras_ssattn._keras.serialization import (
+    Specification,
+    check_options,
+    policy_for,
+    serialize_policy,
+)
 from keras_ssattn._typing import (
     ArrayLike,
     Config,
@@ -216,10 +221,10 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def _norm(self, name: str, shape: Shape) -> Layer:
-        return make_norm(self.norm, shape, dtype=self.dtype_policy, name=name)
+        return make_norm(self.norm, shape, dtype=policy_for(self, name), name=name)
 
     def _dropout(self, name: str) -> Layer:
-        return keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name=name)
+        return keras.layers.Dropout(self.dropout, dtype=policy_for(self, name), name=name)
 
     def _inner_size(self, size: int) -> int:
         if self.ffn_expansion is None and self.ffn_type == "gated":

@@ -18,7 +18,12 @@ from keras_ssattn._checks import (
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
 from keras_ssattn._keras.loading import freeze_sublayers
-from keras_ssattn._keras.serialization import Specification, check_options, serialize_policy
+from keras_ssattn._keras.serialization import (
+    Specification,
+    check_options,
+    policy_for,
+    serialize_policy,
+)
 from keras_ssattn._typing import (
     ArrayLike,
     Config,
@@ -178,8 +183,9 @@ class CausalLM(keras.Model):
         if hasattr(self, "blocks"):  # the constructor has built it
             return
         options = {"dtype": self.dtype_policy}
+        name = "token_embedding"
         self.token_embedding = keras.layers.Embedding(
-            self.vocabulary_size, self.hidden_size, name="token_embedding", **options
+            self.vocabulary_size, self.hidden_size, name=name, dtype=policy_for(self, name)
         )
         self.token_embedding.build((None, None))
         self.blocks = []

@@ -39,6 +39,10 @@ class SequenceModel(keras.Model):
         return previous_mask if len(self.output_shape) == 3 else None
 
 
+# Legacy `.h5` files name a model by its class alone, without the package.
+keras.saving.get_custom_objects()["SequenceModel"] = SequenceModel
+
+
 def build(
     embed_dim: int,
     hidden_size: int = 256,

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_choice
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
+from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, matmul, widen
 from keras_ssattn._typing import Config, Layer, NormName, Shape, Tensor
 from keras_ssattn.layers.norms import NORMS, make_norm
@@ -27,13 +28,14 @@ class TokenHead(keras.layers.Layer):
         self.tied = tied
 
     def build(self, x_shape: Shape, embeddings_shape: Shape | None = None) -> None:
-        options = {"dtype": self.dtype_policy}
-        self.final_norm = make_norm(self.norm, x_shape, name="final_norm", **options)
+        policy = policy_for(self, "final_norm")
+        self.final_norm = make_norm(self.norm, x_shape, name="final_norm", dtype=policy)
+        policy = policy_for(self, "projection")
         if self.tied:
-            self.projection = NoWeights(name="projection", dtype=self.dtype_policy)
+            self.projection = NoWeights(name="projection", dtype=policy)
         else:
             self.projection = keras.layers.Dense(
-                self.vocabulary_size, use_bias=False, name="projection", **options
+                self.vocabulary_size, use_bias=False, name="projection", dtype=policy
             )
         self.projection.build(x_shape)
         freeze_sublayers(self)

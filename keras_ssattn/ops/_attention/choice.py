@@ -91,9 +91,7 @@ def attend_weights(
     return dense.weights(query, key, kernel, factor, visibility)
 
 
-def _factor_like(
-    query: Tensor, factor: Number | Tensor, visibility: Visibility
-) -> Number | Tensor:
+def _factor_like(query: Tensor, factor: Number | Tensor, visibility: Visibility) -> Number | Tensor:
     """The factor in the precision of the arithmetic, with the guard of sizes that were unknown."""
     if visibility.guard is None and isinstance(factor, (int, float)):
         return factor
