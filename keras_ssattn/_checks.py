@@ -104,8 +104,8 @@ def check_integers(name: str, x: ArrayLike, expected: str = "integers") -> Tenso
 
 def check_mask(
     name: str, mask: ArrayLike | None, rank: int | tuple[int, ...] | None = None
-) -> Tensor | None:
-    """Converts a mask (True = attend) to a boolean tensor.
+) -> Tensor:
+    """Converts a mask (True = attend) to a boolean tensor; `None` stays.
 
     Integers 0 and 1, the output of most tokenizers, are accepted. A float mask is refused:
     it may be an additive one, in which 0 means attend.

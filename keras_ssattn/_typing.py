@@ -1,6 +1,6 @@
 """The words that annotations use: what a tensor, a shape, a size, a dtype and a choice are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 # A tensor of the backend, or a symbolic `keras.KerasTensor`. Keras has no common class for them.
@@ -16,7 +16,7 @@ Config: TypeAlias = dict[str, Any]
 # A name, an object of Keras, or its config, as `keras.initializers.get` takes them.
 Identifier: TypeAlias = Any
 Layer: TypeAlias = Any  # a `keras.Layer`, with the attributes of its own class
-Options: TypeAlias = Mapping[str, Any]
+Option: TypeAlias = Any  # a keyword handed on to a function that checks it
 
 Axis: TypeAlias = int | Sequence[int]
 Implementation: TypeAlias = Literal["auto", "dense", "tiled", "fused"]

@@ -3,7 +3,7 @@
 import keras
 
 from keras_ssattn import layers, models, ops
-from keras_ssattn._typing import ArrayLike, Axis, Tensor
+from keras_ssattn._typing import ArrayLike, Axis, Option, Tensor
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
 
@@ -21,7 +21,7 @@ def compute(x: ArrayLike, axis: Axis = -1) -> Tensor:
     return ops.softpick(x, axis)
 
 
-def layer(inputs: ArrayLike, name: str = "softpick", axis: Axis = -1, **options: object) -> Tensor:
+def layer(inputs: ArrayLike, name: str = "softpick", axis: Axis = -1, **options: Option) -> Tensor:
     """Applies a new `Softpick` layer to a tensor.
 
     Args:
@@ -43,7 +43,7 @@ def layer(inputs: ArrayLike, name: str = "softpick", axis: Axis = -1, **options:
     return layers.Softpick(name=name, axis=axis, **options)(inputs)
 
 
-def build(embed_dim: int, **options: object) -> keras.Model:
+def build(embed_dim: int, **options: Option) -> keras.Model:
     """`keras_ssattn.build` with `normalizer="softpick"`; takes its other options.
 
     Example:

@@ -5,7 +5,7 @@ from typing import Literal
 import keras
 
 from keras_ssattn import _checks, _tensors, layers, models, ops
-from keras_ssattn._typing import ArrayLike, Shape, Tensor
+from keras_ssattn._typing import ArrayLike, Option, Shape, Tensor
 from keras_ssattn.layers import masks
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
@@ -56,7 +56,7 @@ def layer(
     name: str = "ssmax",
     init_s: float | str = 1.0,
     formula: Formula = "scale",
-    **options: object,
+    **options: Option,
 ) -> Tensor:
     """Applies a new `SSMax` layer, with learned scalar s, to a tensor of logits.
 
@@ -112,7 +112,7 @@ class EdificeSSMax(layers.SSMax):
 
     scale_class = _Shift
 
-    def __init__(self, *args: object, use_bias: bool = False, **kwargs: object) -> None:
+    def __init__(self, *args: Option, use_bias: bool = False, **kwargs: Option) -> None:
         if use_bias:
             raise ValueError("`use_bias` must be False in `EdificeSSMax`. Received: use_bias=True")
         super().__init__(*args, **kwargs)
@@ -124,7 +124,7 @@ class EdificeSSMax(layers.SSMax):
 EdificeSSMax.__name__ = "SSMax"  # Keras names the weights in a file by the class, as 0.1.0 did
 
 
-def build(embed_dim: int, **options: object) -> keras.Model:
+def build(embed_dim: int, **options: Option) -> keras.Model:
     """`keras_ssattn.build` with `normalizer="ssmax"`; takes its other options.
 
     Example:

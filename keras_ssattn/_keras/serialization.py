@@ -8,7 +8,7 @@ import re
 import keras
 
 from keras_ssattn._checks import did_you_mean
-from keras_ssattn._typing import Config, Layer
+from keras_ssattn._typing import Config, Layer, Option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Specification:
         """That of a layer; its weights are not shared. `parts` are options as specifications."""
         return cls(type(layer), {**copy.deepcopy(layer.get_config()), **parts})
 
-    def make(self, **options: object) -> Layer:
+    def make(self, **options: Option) -> Layer:
         """A new layer, with some options other than its own."""
         plain = {k: copy.deepcopy(v) for k, v in self.options.items() if k not in options}
         return self.cls.from_config({**plain, **options})

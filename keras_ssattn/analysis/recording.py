@@ -1,7 +1,8 @@
 """The attention weights and hidden states of one pass through a model."""
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from keras import ops
@@ -12,6 +13,8 @@ from keras_ssattn._keras.tree import walk
 from keras_ssattn._tensors import widen
 from keras_ssattn._typing import ArrayLike, Layer, Tensor
 from keras_ssattn.analysis._names import layer_names
+
+T = TypeVar("T")
 
 
 class AttentionMap(NamedTuple):
@@ -149,9 +152,9 @@ class _Recorder:
         self.hidden.append((layer, HiddenState(*arrays)))
 
 
-def _by_name(runs: list[tuple[Layer, NamedTuple]], names: dict[int, str]) -> dict[str, NamedTuple]:
+def _by_name(runs: Sequence[tuple[Layer, T]], names: dict[int, str]) -> dict[str, T]:
     """What the layers did in each run, by their names."""
-    results: dict[str, NamedTuple] = {}
+    results: dict[str, T] = {}
     count: Counter[int] = Counter()
     for layer, result in runs:
         name = names[id(layer)]

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.tree import held_layers
-from keras_ssattn._typing import Config, DType, Identifier, Shape, Size, Tensor
+from keras_ssattn._typing import Config, DType, Identifier, Option, Shape, Size, Tensor
 from keras_ssattn.conversion.attention import converted_options
 from keras_ssattn.layers import MultiHeadAttention, RotaryEmbedding
 from keras_ssattn.ops import Cache
@@ -44,7 +44,7 @@ class KerasHubMultiHeadAttention(keras.layers.Layer):
     def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
         self._build_attention(query_shape, value_shape, key_shape)
 
-    def _build_attention(self, *shapes: Shape | None, **options: object) -> None:
+    def _build_attention(self, *shapes: Shape | None, **options: Option) -> None:
         options = {**self.options, **options, "name": "attention", "dtype": self.dtype_policy}
         self.attention = MultiHeadAttention.from_config(options)
         self.attention.build(*shapes)
@@ -106,7 +106,7 @@ class KerasHubRotary(RotaryEmbedding):
     def call(self, x: Tensor, positions: Tensor = None, offset: Size = 0) -> Tensor:
         return self.embedding(x, start_index=offset, positions=positions)
 
-    def rotation(
+    def rotation(  # type: ignore[override]
         self, positions: Tensor, size: int, dtype: DType = "float32"
     ) -> "KerasHubRotation":
         return KerasHubRotation(self.embedding, positions)

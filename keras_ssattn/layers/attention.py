@@ -1,7 +1,7 @@
 """Multi-head attention with a choice of normalizer."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import keras
 from keras import ops
@@ -98,8 +98,9 @@ class MultiHeadAttention(keras.layers.Layer):
         rotary: a `RotaryEmbedding` layer for queries and keys, or its config; `None` for none.
         qk_norm: whether to apply RMS normalization to each query and key head, before the
             length scale (after it, it would undo it).
-        implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`; see `keras_ssattn.ops.attention`.
-            Take `"dense"` to differentiate twice, or to export where loops cannot be.
+        implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`, as in
+            `keras_ssattn.ops.attention`. Take `"dense"` to differentiate twice, or to export where
+            loops cannot be.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
         activity_regularizer, kernel_constraint, bias_constraint: of the projections.
         seed: integer, of the dropout.
@@ -153,7 +154,7 @@ class MultiHeadAttention(keras.layers.Layer):
     2505.06708 (gates).
     """
 
-    hints = {
+    hints: ClassVar[dict[str, str]] = {
         "causal": "Causality is an argument of the call: `use_causal_mask=True`",
         "use_causal_mask": "It is an argument of the call",
         "num_query_heads": "Did you mean 'num_heads'?",

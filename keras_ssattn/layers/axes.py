@@ -179,13 +179,13 @@ def check_axes(axes: int | Sequence[int] | None) -> tuple[int, ...] | None:
     """Returns `attention_axes` as a tuple of integers, or raises."""
     if axes is None:
         return None
-    axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
-    if not axes or any(isinstance(x, bool) or not isinstance(x, numbers.Integral) for x in axes):
+    found = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+    if not found or any(isinstance(x, bool) or not isinstance(x, numbers.Integral) for x in found):
         raise ValueError(
             "`attention_axes` must be an integer, integers, or None. Received: "
             f"attention_axes={axes}"
         )
-    return tuple(int(x) for x in axes)
+    return tuple(int(x) for x in found)
 
 
 def _product(sizes: Sequence[Size]) -> Size:

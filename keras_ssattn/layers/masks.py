@@ -74,10 +74,8 @@ def see(
 ) -> tuple[Visibility, Tensor | None]:
     """The visibility that a call of attention asks for, and the mask of its queries.
 
-    Args:
-        inputs: query, value and key, `[B, T, E]`, `[B, S, Ev]` and `[B, S, Ek]`.
-        masks: those of the call.
-        causal, segment_ids, cache, cache_index: as in `MultiHeadAttention`.
+    `inputs` are query, value and key, `[B, T, E]`, `[B, S, Ev]` and `[B, S, Ek]`; the other
+    arguments are those of `MultiHeadAttention`.
     """
     query, value, key = inputs
     batch, length = ops.shape(query)[:2]

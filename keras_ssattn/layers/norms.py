@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_ssattn._typing import NormName, Shape
+from keras_ssattn._typing import NormName, Option, Shape
 
 NORM_EPSILON = 1e-5  # Edifice's
 NORMS = {
@@ -11,7 +11,7 @@ NORMS = {
 }
 
 
-def make_norm(kind: NormName, shape: Shape, **options: object) -> keras.Layer:
+def make_norm(kind: NormName, shape: Shape, **options: Option) -> keras.Layer:
     """A built normalization that passes masks on."""
     norm = NORMS[kind](epsilon=NORM_EPSILON, **options)
     norm.supports_masking = True

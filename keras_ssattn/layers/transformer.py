@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import keras
 
@@ -104,7 +105,7 @@ class TransformerBlock(keras.layers.Layer):
     the position of the normalization.
     """
 
-    hints = {"use_causal_mask": "Did you mean 'causal'?"}
+    hints: ClassVar[dict[str, str]] = {"use_causal_mask": "Did you mean 'causal'?"}
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class TransformerBlock(keras.layers.Layer):
         self.attention_dropout = self._dropout("attention_dropout")
         if self.cross_attention:
             self.context_attention = self._attention("context_attention", size)
-            self.context_attention.build(inputs_shape, context_shape)
+            self.context_attention.build(inputs_shape, context_shape or ())
             self.context_attention_norm = self._norm("context_attention_norm", inputs_shape)
             self.context_attention_dropout = self._dropout("context_attention_dropout")
         else:
@@ -239,7 +240,7 @@ class TransformerBlock(keras.layers.Layer):
 
     def projections(self) -> list[Layer]:
         """The dense layers inside, on which `quantize` and `enable_lora` work."""
-        parts = [self.attention, self.feed_forward]
+        parts: list[Layer] = [self.attention, self.feed_forward]
         if self.cross_attention:
             parts.insert(1, self.context_attention)
         return [projection for part in parts for projection in part.projections()]

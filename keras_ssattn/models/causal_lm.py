@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -32,6 +33,7 @@ from keras_ssattn._typing import (
     Implementation,
     Layer,
     NormName,
+    Option,
     Shape,
     Tensor,
 )
@@ -98,7 +100,7 @@ class CausalLM(keras.Model):
     [5, 5]
     """
 
-    hints = {"causal": "The model is always causal"}
+    hints: ClassVar[dict[str, str]] = {"causal": "The model is always causal"}
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class CausalLM(keras.Model):
         self.build((None, None))
 
     @classmethod
-    def from_name(cls, name: str, **options: object) -> "CausalLM":
+    def from_name(cls, name: str, **options: Option) -> "CausalLM":
         """A new model of a named size, untrained.
 
         Args:
@@ -229,7 +231,7 @@ class CausalLM(keras.Model):
         seen = seen.within(self.sliding_window)
         for block, rotation in zip(self.blocks, self._rotations(seen), strict=True):
 
-            def apply(x: Tensor, block: Layer = block, rotation: Rotation = rotation) -> Tensor:
+            def apply(x: Tensor, block: Layer = block, rotation: Layer = rotation) -> Tensor:
                 # what a rematerialized block computes must not be kept for the next
                 visibility = dataclasses.replace(seen) if self.remat else seen
                 return block(
@@ -308,7 +310,7 @@ class CausalLM(keras.Model):
         return tuple((x.theta, str(x.scaling)) for x in rotaries if x is not None)
 
     def generate(
-        self, prompts: ArrayLike, max_new_tokens: int, **options: object
+        self, prompts: ArrayLike, max_new_tokens: int, **options: Option
     ) -> list[np.ndarray]:
         """New tokens for each prompt; see `keras_ssattn.models.generate`.
 

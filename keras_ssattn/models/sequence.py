@@ -5,7 +5,7 @@ import inspect
 import keras
 
 from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
-from keras_ssattn._typing import ArrayLike, Identifier, OutputMode, Tensor
+from keras_ssattn._typing import ArrayLike, Identifier, Option, OutputMode, Tensor
 from keras_ssattn.layers import (
     LastTimestep,
     MeanPool,
@@ -146,7 +146,7 @@ def build_attention(
     return attention(inputs, inputs, use_causal_mask=True)
 
 
-def output_size(hidden_size: int = 256, **options: object) -> int:
+def output_size(hidden_size: int = 256, **options: Option) -> int:
     """The size of the last dimension of the output of `build` with the same options.
 
     Raises:

@@ -145,7 +145,7 @@ def check_index(cache: Cache, index: int | ArrayLike, length: Size) -> int | Ten
     size = cache.key.shape[1]
     known = is_known(length) and is_known(size)
     if isinstance(index, numbers.Integral):
-        if known and not 0 <= index <= size - length:
+        if known and not 0 <= int(index) <= size - length:
             raise ValueError(
                 f"`index` must leave room for {length} positions in a cache of {size}. Received: "
                 f"index={index}"

@@ -72,7 +72,7 @@ class Kernel:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The learned numbers in c, one per row of logits."""
+        """The learned numbers in c, such as a sink, one per row of logits."""
         return ()
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Kernel":
@@ -215,9 +215,9 @@ def get(normalizer: str | Kernel, epsilon: float = 1e-6, sink: Tensor = 0.0) -> 
     if isinstance(normalizer, Kernel):
         return normalizer
     check_choice("normalizer", normalizer, KERNELS)
-    cls = KERNELS[normalizer]
-    options = {RectifiedSoftpick: (epsilon,), SinkSoftmax: (sink,)}
-    return cls(*options.get(cls, ()))
+    if normalizer == "rectified_softpick":
+        return RectifiedSoftpick(epsilon)
+    return SinkSoftmax(sink) if normalizer == "sink_softmax" else KERNELS[normalizer]()
 
 
 def name_of(kernel: Kernel) -> str:

@@ -93,7 +93,7 @@ def position_temperature(
         )
     n = _check_count(n)
     if isinstance(n, numbers.Real):
-        period = math.floor((n - 1 + first_position) / original_length)
+        period = math.floor((float(n) - 1 + first_position) / original_length)
         return 1.0 + beta * math.log(1 + period)
     position = ops.maximum(ops.cast(n, "int32"), 1) - 1 + first_position
     period = ops.floor_divide(position, original_length)
@@ -134,11 +134,11 @@ def qwen_log_scale(n: ArrayLike, train_length: int) -> Number | Tensor:
     return ops.where(n > train_length, ops.log(n) / log_length, 1.0)
 
 
-def _check_count(n: ArrayLike) -> Number | Tensor:
+def _check_count(n: ArrayLike) -> Tensor:
     """Returns a number of keys, 1 or more, as it is, anything else as a tensor, or raises."""
     if isinstance(n, numbers.Real):
         check_number("n", n, "a number of keys, 1 or more", lambda x: 1 <= x < math.inf)
-        return n  # type: ignore[return-value]
+        return n
     n = to_tensor(n)
     if dtype_of(n) == "bool":
         raise TypeError("`n` must be a number of keys, not a mask. Received: n with dtype bool")

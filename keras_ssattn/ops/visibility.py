@@ -165,7 +165,7 @@ class Visibility:
         return offset + ops.arange(self.query_length, dtype="int32")
 
     @functools.cached_property
-    def dense_mask(self) -> Tensor | None:
+    def dense_mask(self) -> Tensor:
         """Boolean, broadcastable to `[B, H, T, S]`; `None` if every query sees every key."""
         parts = []
         if self.causal or self.window is not None:
@@ -216,7 +216,10 @@ class Visibility:
         if not self.causal and self.window is None:
             return None, None
         position = self.positions
-        end = position + 1 if self.causal else end_of_window(position, self.window, self.key_length)
+        if self.causal:
+            end = position + 1
+        else:
+            end = end_of_window(position, self.window or 1, self.key_length)
         end = ops.clip(end, 0, self.key_length)
         if self.window is None:
             return None, end
@@ -231,7 +234,7 @@ class Visibility:
 
     def _count_in_segments(self, first: Tensor | None, end: Tensor | None) -> Tensor:
         """Keys of each query's segment in the stretch [first, end), `[B, 1, T]`."""
-        queries, keys = self.segments
+        queries, keys = self.segments or (None, None)
         length = ops.shape(queries)[1]
         for x in (keys, self.key_mask, first, end):  # any may have the batch size others lack
             if x is not None:

@@ -94,7 +94,7 @@ class QueryAwareScale(LengthScale):
         if query is None:
             raise ValueError(NO_QUERY)
         dtype = self._result_dtype(query)
-        log_n = log_length_scale(ops.cast(n, dtype))
+        log_n: Tensor = log_length_scale(ops.cast(n, dtype))
         while len(log_n.shape) < 3:
             log_n = ops.expand_dims(log_n, 0)
         hidden = _layer(ops.expand_dims(log_n, -1), self.count_kernel, self.count_bias)
@@ -104,10 +104,10 @@ class QueryAwareScale(LengthScale):
         return ops.transpose(factor, (0, 2, 1, 3)) * (1.0 + gate)
 
     def compute_output_shape(self, n_shape: Shape, query_shape: Shape | None = None) -> Shape:
-        return tuple(query_shape)
+        return tuple(query_shape or ())
 
     def compute_output_spec(self, n: Tensor, query: Tensor | None = None) -> keras.KerasTensor:
-        shape = self.compute_output_shape(n.shape, query.shape)
+        shape = self.compute_output_shape(n.shape, getattr(query, "shape", None))
         return keras.KerasTensor(shape, dtype=self._result_dtype(query))
 
     def _result_dtype(self, query: Tensor) -> DType:

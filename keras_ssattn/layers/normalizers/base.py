@@ -1,5 +1,7 @@
 """The base class of layers on logits."""
 
+from typing import ClassVar
+
 import keras
 from keras import ops
 
@@ -41,7 +43,9 @@ class Normalizer(StrictLoading):
     True
     """
 
-    hints: dict[str, str] = {"s": "Did you mean 'init_s', of `SSMax` or `LogLengthScale`?"}
+    hints: ClassVar[dict[str, str]] = {
+        "s": "Did you mean 'init_s', of `SSMax` or `LogLengthScale`?"
+    }
 
     def __init__(
         self,

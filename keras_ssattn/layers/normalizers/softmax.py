@@ -1,5 +1,7 @@
 """Softmax, scalable softmax and softmax with a sink, as layers on logits."""
 
+from typing import ClassVar
+
 import keras
 from keras import ops
 
@@ -11,6 +13,8 @@ from keras_ssattn.layers.length_scales.log import LogLengthScale, check_init_s
 from keras_ssattn.layers.masks import align_left
 from keras_ssattn.layers.normalizers.base import Normalizer
 from keras_ssattn.ops import kernels, normalizers
+
+SHARED = ("trainable", "dtype")  # options of a layer and of its length scale
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -71,7 +75,7 @@ class SSMax(Normalizer):
     """
 
     scale_class: type[LogLengthScale] = LogLengthScale
-    hints = {
+    hints: ClassVar[dict[str, str]] = {
         "s": "Did you mean 'init_s'?",
         "formula": "Edifice's formula is `keras_ssattn.ssmax.EdificeSSMax`",
     }
@@ -88,7 +92,7 @@ class SSMax(Normalizer):
         check_options(self, kwargs, self.hints)
         check_init_s(init_s, train_length)
         options = {"init_s": init_s, "use_bias": use_bias, "train_length": train_length}
-        shared = {name: kwargs[name] for name in ("trainable", "dtype") if name in kwargs}
+        shared: Config = {name: kwargs[name] for name in SHARED if name in kwargs}
         scale = Specification(self.scale_class, {**options, **shared})
         super().__init__(axis, scale, num_heads, **kwargs)
 

@@ -6,7 +6,7 @@ import keras
 
 from keras_ssattn._checks import did_you_mean
 from keras_ssattn._keras.serialization import Specification
-from keras_ssattn._typing import ArrayLike, Identifier, Tensor
+from keras_ssattn._typing import ArrayLike, Identifier, Option, Tensor
 from keras_ssattn.layers.normalizers.base import Normalizer
 from keras_ssattn.layers.normalizers.softmax import SinkSoftmax, Softmax, SSMax
 from keras_ssattn.layers.normalizers.softpick import RectifiedSoftpick, Softpick
@@ -64,7 +64,7 @@ def name_of(normalizer: Specification) -> str:
     return normalizer.cls.__name__.lower()
 
 
-def layer(inputs: ArrayLike, normalizer: str = "ssmax", **options: object) -> Tensor:
+def layer(inputs: ArrayLike, normalizer: str = "ssmax", **options: Option) -> Tensor:
     """Normalizes a tensor of logits with a new layer.
 
     Args:

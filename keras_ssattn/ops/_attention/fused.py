@@ -57,7 +57,7 @@ def attention(
     if not is_number or has_sink:
         query, factor = cast(widen(query) * factor, dtype_of(query)), 1.0
     if has_sink:
-        query, key, value = _with_sink(query, key, value, kernel.sink)
+        query, key, value = _with_sink(query, key, value, *kernel.tensors)
     if not visibility.needs_mask:
         out = ops.dot_product_attention(
             query,

@@ -7,6 +7,7 @@ import keras
 from keras_ssattn._typing import ArrayLike, Config, Implementation, Tensor
 from keras_ssattn.ops._attention.arguments import prepare
 from keras_ssattn.ops._attention.choice import attend
+from keras_ssattn.ops.kernels import Kernel
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -15,7 +16,7 @@ class Attention(keras.Operation):
 
     def __init__(
         self,
-        normalizer: str,
+        normalizer: str | Kernel,
         scale: float | None,
         causal: bool,
         window: int | None,

@@ -57,7 +57,7 @@ class Band:
         fills = is_known(length) and length == self.key_tiles * sizes.key
         # S, beyond which the last tile is padding; `None` if padding needs no mask
         self.key_length = None if fills or kernel.absent == 0 else length
-        self.mask = _mask_by_group(visibility, sizes, group_size, num_kv_heads)
+        self.mask: Tensor = _mask_by_group(visibility, sizes, group_size, num_kv_heads)
         self.key_mask = self.segments = None
         if visibility.key_mask is not None:
             self.key_mask = stacks.unstack(stacks.split_vector(visibility.key_mask, sizes.key))
@@ -170,8 +170,8 @@ def _mask_by_group(
     if not all(map(is_known, mask.shape[1:])):  # an axis of unknown size may be one to broadcast
         sizes = num_kv_heads * group_size, visibility.query_length, visibility.key_length
         pairs = zip(mask.shape[1:], sizes, strict=True)
-        shape = (n if not is_known(size) else size for size, n in pairs)
-        mask = ops.broadcast_to(mask, (ops.shape(mask)[0], *shape))
+        full = [size if is_known(size) else n for size, n in pairs]
+        mask = ops.broadcast_to(mask, (ops.shape(mask)[0], *full))
     batch, _, length, key_length = ops.shape(mask)
     mask = ops.reshape(mask, (batch, *heads, length, key_length))
     for axis, size in ((3, tile_sizes.query), (4, tile_sizes.key)):

@@ -89,7 +89,7 @@ def run(tiles: Tiles) -> Residuals:
     start = ops.broadcast_to(ops.convert_to_tensor(kernel.start(dtype), dtype), row_shape)
     products = tiles.products if kernel.linear else None
 
-    def over_queries(i: Size, stores: Rows) -> Rows:
+    def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         q = widen(queries[i])
         rows = Rows(start, ops.zeros(row_shape, dtype), ops.zeros(out_shape, dtype))
         for first, stop, cut in tiles.band.ranges(i):
