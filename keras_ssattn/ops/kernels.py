@@ -56,8 +56,10 @@ class Kernel:
         """What m is at least."""
         return 0.0
 
-    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns f and g."""
+    def values(
+        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
+    ) -> tuple[Tensor, Tensor]:
+        """Returns f and g, with `magnitude` for |x| where they are differentiated."""
         raise NotImplementedError
 
     def gradient(
@@ -92,7 +94,9 @@ class Softmax(Kernel):
     def start(self, dtype: DType) -> Number | Tensor:
         return float(np.finfo(dtype).min)  # finite, so that m - m is 0
 
-    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def values(
+        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
+    ) -> tuple[Tensor, Tensor]:
         e = ops.exp(x - m)
         return e, e
 
@@ -143,8 +147,10 @@ class Softpick(Kernel):
     linear = True
     prescale = 2.0**-24
 
-    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        return x, magnitude(x)
+    def values(
+        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
+    ) -> tuple[Tensor, Tensor]:
+        return x, absolute(x)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
@@ -181,9 +187,11 @@ class RectifiedSoftpick(Kernel):
         d = ops.expm1(x - m)
         return d - ops.expm1(-m)
 
-    def values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def values(
+        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
+    ) -> tuple[Tensor, Tensor]:
         d = self.difference(x, m)
-        return ops.relu(d), magnitude(d)
+        return ops.relu(d), absolute(d)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
@@ -240,7 +248,7 @@ def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | N
     if kernel.prescale != 1.0:
         x = x * kernel.prescale
     m = maximum(kernel, x, axis)
-    f, g = kernel.values(x, m)
+    f, g = kernel.values(x, m, magnitude)
     total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
     return f / ops.where(total > 0, total, 1.0)
 
