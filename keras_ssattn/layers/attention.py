@@ -31,7 +31,7 @@ from keras_ssattn._typing import (
 )
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers.axes import AttentionAxes, check_axes
-from keras_ssattn.layers.masks import CallMasks, hide_rows, see, visible_in
+from keras_ssattn.layers.masks import CallMasks, PacksSegments, hide_rows, see, visible_in
 from keras_ssattn.layers.projection import check_output_shape, projection
 from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
@@ -64,7 +64,7 @@ class Heads(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(PacksSegments, keras.layers.Layer):
     """Multi-head attention whose normalizer is SSMax, softpick, softmax or another.
 
     It is call- and weight-compatible with `keras.layers.MultiHeadAttention`: with

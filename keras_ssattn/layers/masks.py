@@ -6,10 +6,10 @@ from keras import ops
 
 from keras_ssattn._checks import check_broadcastable, check_mask
 from keras_ssattn._tensors import is_known
-from keras_ssattn._typing import ArrayLike, Size, Tensor
+from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
 from keras_ssattn.ops import Cache, Visibility
 from keras_ssattn.ops.cache import check_index, write_at
-from keras_ssattn.ops.sizes import Sizes
+from keras_ssattn.ops.sizes import Sizes, compress_ids
 
 
 def align_left(mask: ArrayLike | None, logits: Tensor) -> Tensor | None:
@@ -53,6 +53,20 @@ def both_masks(
     if value_mask is None or key_mask is None:
         return value_mask if key_mask is None else key_mask
     return ops.logical_and(value_mask, key_mask)
+
+
+class PacksSegments:
+    """Goes before a layer whose call takes `segment_ids`, before Keras makes tensors of them.
+
+    JAX would cut NumPy's 64-bit ids to 32 bits, and merge those that differ above.
+    """
+
+    def __call__(
+        self, *args: Option, segment_ids: ArrayLike | None = None, **kwargs: Option
+    ) -> Tensor:
+        if segment_ids is not None:
+            kwargs["segment_ids"] = compress_ids(segment_ids, segment_ids)[0]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
 class CallMasks(NamedTuple):

@@ -38,6 +38,7 @@ from keras_ssattn._typing import (
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers.attention import IMPLEMENTATIONS, MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
+from keras_ssattn.layers.masks import PacksSegments
 from keras_ssattn.layers.norms import NORMS, make_norm
 from keras_ssattn.layers.rotary import serialize_rotary, specify
 from keras_ssattn.ops import Cache, Visibility
@@ -45,7 +46,7 @@ from keras_ssattn.ops.rotary import Rotation
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class TransformerBlock(keras.layers.Layer):
+class TransformerBlock(PacksSegments, keras.layers.Layer):
     """Attention and feed-forward, each with normalization, dropout and a residual.
 
     With `norm_position="pre"`, each part is `x + dropout(part(norm(x)))`; with `"post"`,

@@ -38,7 +38,7 @@ from keras_ssattn._typing import (
     Tensor,
 )
 from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
-from keras_ssattn.layers.masks import CallMasks, see, see_cache
+from keras_ssattn.layers.masks import CallMasks, PacksSegments, see, see_cache
 from keras_ssattn.layers.rotary import serialize_rotary, specify
 from keras_ssattn.layers.transformer import check_expansion
 from keras_ssattn.models.generation import generate
@@ -49,7 +49,7 @@ from keras_ssattn.ops.rotary import Rotation
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class CausalLM(keras.Model):
+class CausalLM(PacksSegments, keras.Model):
     """A causal language model: token ids to logits of the next token, and to text.
 
     A token embedding, `num_layers` pre-norm `TransformerBlock`s with RMS normalization and a

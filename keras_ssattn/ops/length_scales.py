@@ -48,7 +48,8 @@ def log_length_scale(n: ArrayLike, s: ArrayLike = 1.0, b: ArrayLike = 0.0) -> Nu
     # No `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries.
     if any(map(keras.utils.is_keras_tensor, tensors)):
         s, log_n, minus_b = (ops.convert_to_tensor(x, dtype) for x in (s, log_n, -b))
-        return ops.subtract(ops.multiply(s, log_n), minus_b)  # a product counts as sparse
+        # Keras takes a symbolic product for a sparse tensor, and not a symbolic difference
+        return ops.subtract(ops.multiply(s, log_n), minus_b)
     return s * log_n if isinstance(b, float) and b == 0 else s * log_n + b
 
 

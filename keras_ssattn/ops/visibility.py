@@ -26,7 +26,7 @@ from keras_ssattn._tensors import (
     is_known,
     to_tensor,
 )
-from keras_ssattn._typing import ArrayLike, Size, Tensor
+from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
 from keras_ssattn.ops import stacks
 from keras_ssattn.ops.sizes import Sizes
 
@@ -307,16 +307,7 @@ def visible_keys(
     return ops.logical_and(seen.dense_mask, seen.guard == 0)
 
 
-def key_count(
-    query_length: Size,
-    key_length: Size,
-    mask: ArrayLike | None = None,
-    key_mask: ArrayLike | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    query_offset: int | ArrayLike = 0,
-    segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
-) -> Tensor:
+def key_count(query_length: Size, key_length: Size, *args: Option, **options: Option) -> Tensor:
     """The number n of keys that each query sees.
 
     Without `mask` no `T x S` mask is built. Arguments and errors are those of `visible_keys`.
@@ -332,9 +323,7 @@ def key_count(
     >>> ops.key_count(4, 4, causal=True, key_mask=[[False, True, True, True]])
     ... # [[[0, 1, 2, 3]]]
     """
-    seen = Visibility.of(
-        query_length, key_length, mask, key_mask, causal, window, query_offset, segment_ids
-    )
+    seen = Visibility.of(query_length, key_length, *args, **options)
     return seen.guarded(seen.count)
 
 

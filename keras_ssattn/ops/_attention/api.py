@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_ssattn._checks import check_choice
-from keras_ssattn._typing import ArrayLike, Implementation, Tensor
+from keras_ssattn._typing import ArrayLike, Implementation, Option, Tensor
 from keras_ssattn.ops._attention.arguments import prepare
 from keras_ssattn.ops._attention.choice import CHOICES, attend, attend_weights
 from keras_ssattn.ops._attention.symbolic import Attention
@@ -103,30 +103,16 @@ def attention(
         )  # fmt: skip
     prepared = prepare(
         query, key, value, normalizer, scale, mask, key_mask, causal, window, query_offset,
-        segment_ids, length_scale, epsilon, sink,
+        segment_ids=segment_ids, length_scale=length_scale, epsilon=epsilon, sink=sink,
     )  # fmt: skip
     return attend(**vars(prepared), implementation=implementation)
 
 
-def attention_weights(
-    query: ArrayLike,
-    key: ArrayLike,
-    normalizer: str | Kernel = "softmax",
-    scale: float | None = None,
-    mask: ArrayLike | None = None,
-    key_mask: ArrayLike | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    query_offset: int | ArrayLike = 0,
-    *,
-    segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
-    length_scale: ArrayLike | None = None,
-    epsilon: float = 1e-6,
-    sink: ArrayLike = 0.0,
-) -> Tensor:
+def attention_weights(query: ArrayLike, key: ArrayLike, *args: Option, **options: Option) -> Tensor:
     """The weights `[B, H, T, S]` that `attention` with these arguments gives the values.
 
-    They are float32 (float64 for float64 inputs). Arguments and errors are `attention`'s.
+    They are float32 (float64 for float64 inputs). Arguments and errors are `attention`'s, without
+    `value` and `implementation`.
 
     Example:
 
@@ -136,8 +122,7 @@ def attention_weights(
     >>> ops.attention_weights(q, q, normalizer="softpick", causal=True).shape
     (2, 4, 7, 7)
     """
-    of = prepare(
-        query, key, key, normalizer, scale, mask, key_mask, causal, window, query_offset,
-        segment_ids, length_scale, epsilon, sink,
-    )  # fmt: skip
-    return attend_weights(of.query, of.key, of.kernel, of.factor, of.visibility)
+    prepared = prepare(query, key, key, *args, **options)
+    return attend_weights(
+        prepared.query, prepared.key, prepared.kernel, prepared.factor, prepared.visibility
+    )

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_broadcastable, check_floating, check_rank
 from keras_ssattn._tensors import cast, dtype_of, to_tensor, widen
-from keras_ssattn._typing import ArrayLike, Number, Tensor
+from keras_ssattn._typing import ArrayLike, Number, Option, Tensor
 from keras_ssattn.ops import kernels
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.length_scales import log_length_scale
@@ -33,25 +33,22 @@ def prepare(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    normalizer: str | Kernel,
-    scale: float | None,
-    mask: ArrayLike | None,
-    key_mask: ArrayLike | None,
-    causal: bool,
-    window: int | None,
-    query_offset: int | ArrayLike,
-    segment_ids: ArrayLike | Sequence[ArrayLike] | None,
-    length_scale: ArrayLike | None,
-    epsilon: float,
-    sink: ArrayLike,
+    normalizer: str | Kernel = "softmax",
+    scale: float | None = None,
+    *visible: Option,
+    segment_ids: ArrayLike | Sequence[ArrayLike] | None = None,
+    length_scale: ArrayLike | None = None,
+    epsilon: float = 1e-6,
+    sink: ArrayLike = 0.0,
+    **visibility_options: Option,
 ) -> Prepared:
     """Checks the arguments of `attention`."""
     query, key = _check_rank_4("query", query), _check_rank_4("key", key)
     value = _check_rank_4("value", value)
     sizes = check_sizes(query, key, value)
-    visibility = Visibility.of(
-        sizes.queries, sizes.keys, mask, key_mask, causal, window, query_offset, segment_ids,
-        batch_size=sizes.batch, num_heads=sizes.heads, guard=sizes.guard,
+    visibility = Visibility.of(  # type: ignore[misc]
+        sizes.queries, sizes.keys, *visible, segment_ids=segment_ids, batch_size=sizes.batch,
+        num_heads=sizes.heads, guard=sizes.guard, **visibility_options,
     )  # fmt: skip
     kernel = kernels.get(normalizer, epsilon, sink)
     kernel = kernel.with_tensors(tuple(_by_head(x, query) for x in kernel.tensors))

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_ssattn._checks import check_choice
 from keras_ssattn._typing import ArrayLike, Config, Implementation, Tensor
+from keras_ssattn.ops import kernels
 from keras_ssattn.ops._attention.arguments import prepare
 from keras_ssattn.ops._attention.choice import attend
 from keras_ssattn.ops.kernels import Kernel
@@ -24,6 +26,7 @@ class Attention(keras.Operation):
         implementation: Implementation,
         name: str | None = None,
     ) -> None:
+        check_choice("normalizer", normalizer, kernels.KERNELS)  # by name, to be saved
         super().__init__(name=name)
         self.options: Config = {
             "normalizer": normalizer,
@@ -39,22 +42,15 @@ class Attention(keras.Operation):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: ArrayLike | None = None,
-        key_mask: ArrayLike | None = None,
-        query_offset: int | ArrayLike = 0,
         segment_ids: Sequence[ArrayLike] | None = None,
-        length_scale: ArrayLike | None = None,
-        sink: ArrayLike = 0.0,
+        **tensors: ArrayLike,
     ) -> Tensor:
-        options = self.options
+        options = dict(self.options)
+        implementation = options.pop("implementation")
         if segment_ids is not None:
             segment_ids = tuple(segment_ids)  # a pair, which is a list once it is loaded
-        prepared = prepare(
-            query, key, value, options["normalizer"], options["scale"], mask, key_mask,
-            options["causal"], options["window"], query_offset, segment_ids, length_scale,
-            options["epsilon"], sink,
-        )  # fmt: skip
-        return attend(**vars(prepared), implementation=options["implementation"])
+        prepared = prepare(query, key, value, segment_ids=segment_ids, **tensors, **options)
+        return attend(**vars(prepared), implementation=implementation)
 
     def get_config(self) -> Config:
         return {**self.options, "name": self.name}
