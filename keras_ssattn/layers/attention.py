@@ -326,8 +326,11 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
                 f"{axes.attended}"
             )
         inputs = axes.fold(query), axes.fold(value), axes.fold(key)
-        if visibility is None:
-            keys = axes.pick(ops.shape(value))[1] if cache is None else (cache[0].shape[1],)
+        keys = axes.pick(ops.shape(value))[1] if cache is None else (cache.key.shape[1],)
+        if visibility is not None:
+            held = inputs[1] if cache is None else cache.key
+            visibility.check_lengths(ops.shape(inputs[0])[1], ops.shape(held)[1])
+        else:
             masks = CallMasks(
                 axes.fold_padding(query_mask, query),
                 axes.fold_padding(value_mask, value),

@@ -24,6 +24,7 @@ from keras_ssattn._tensors import (
     cast,
     dtype_of,
     is_known,
+    may_be_equal,
     to_tensor,
 )
 from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
@@ -118,6 +119,16 @@ class Visibility:
         if window is not None and window >= LARGEST_INT32:
             window = None
         return self if window == self.window else dataclasses.replace(self, window=window)
+
+    def check_lengths(self, query_length: Size, key_length: Size) -> None:
+        """Raises if these known lengths are not its own."""
+        own = (self.query_length, self.key_length)
+        pairs = zip(own, (query_length, key_length), strict=True)
+        if not all(may_be_equal(size, other) for size, other in pairs):
+            raise ValueError(
+                f"`visibility` must be of {query_length} queries and {key_length} keys. Received: "
+                f"one of {own[0]} and {own[1]}"
+            )
 
     def guarded(self, x: Tensor) -> Tensor:
         """`x`, which fails to compute if sizes that were unknown do not fit."""
