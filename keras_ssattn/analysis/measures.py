@@ -16,12 +16,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_broadcastable
 from keras_ssattn._typing import ArrayLike, Axis, Tensor
-from keras_ssattn.analysis._checks import (
-    check_index,
-    check_threshold,
-    check_values,
-    check_weights,
-)
+from keras_ssattn.analysis._checks import check_index, check_threshold, check_values, check_weights
 
 
 def attention_entropy(weights: ArrayLike, mask: ArrayLike | None = None) -> Tensor:

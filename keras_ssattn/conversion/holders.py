@@ -71,11 +71,7 @@ class Conversion:
     def get_config(self) -> Config:
         is_config = self.normalizer.startswith("{")
         normalizer = json.loads(self.normalizer) if is_config else self.normalizer
-        return {
-            "normalizer": normalizer,
-            "train_length": self.train_length,
-            "causal": self.causal,
-        }
+        return {"normalizer": normalizer, "train_length": self.train_length, "causal": self.causal}
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Inside this context, layers that this thread makes are converted from the start."""

@@ -61,10 +61,7 @@ class KerasHubMultiHeadAttention(keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        options: Config = {
-            "return_attention_scores": return_attention_scores,
-            "training": training,
-        }
+        options: Config = {"return_attention_scores": return_attention_scores, "training": training}
         if attention_mask is not None:
             options["attention_mask"] = ops.cast(attention_mask, "bool")
         # `__call__` would add the masks attached to the tensors. KerasHub's attention has no

@@ -42,11 +42,7 @@ class AttentionAxes:
 
     @classmethod
     def of_shapes(
-        cls,
-        query_shape: Shape,
-        value_shape: Shape,
-        key_shape: Shape,
-        axes: Sequence[int] | None,
+        cls, query_shape: Shape, value_shape: Shape, key_shape: Shape, axes: Sequence[int] | None
     ) -> "AttentionAxes":
         """Those of inputs of these shapes, or raises for shapes that do not fit."""
         shapes = {"query": query_shape, "key": key_shape, "value": value_shape}

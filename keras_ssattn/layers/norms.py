@@ -5,10 +5,7 @@ import keras
 from keras_ssattn._typing import NormName, Option, Shape
 
 NORM_EPSILON = 1e-5  # Edifice's
-NORMS = {
-    "layer_norm": keras.layers.LayerNormalization,
-    "rms_norm": keras.layers.RMSNormalization,
-}
+NORMS = {"layer_norm": keras.layers.LayerNormalization, "rms_norm": keras.layers.RMSNormalization}
 
 
 def make_norm(kind: NormName, shape: Shape, **options: Option) -> keras.Layer:

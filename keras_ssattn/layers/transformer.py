@@ -7,13 +7,7 @@ from typing import ClassVar
 
 import keras
 
-from keras_ssattn._checks import (
-    check_choice,
-    check_heads,
-    check_integer,
-    check_number,
-    check_rate,
-)
+from keras_ssattn._checks import check_choice, check_heads, check_integer, check_number, check_rate
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer

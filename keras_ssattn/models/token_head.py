@@ -60,9 +60,5 @@ class TokenHead(keras.layers.Layer):
         return (*x_shape[:-1], self.vocabulary_size)
 
     def get_config(self) -> Config:
-        config = {
-            "vocabulary_size": self.vocabulary_size,
-            "norm": self.norm,
-            "tied": self.tied,
-        }
+        config = {"vocabulary_size": self.vocabulary_size, "norm": self.norm, "tied": self.tied}
         return {**super().get_config(), **config}

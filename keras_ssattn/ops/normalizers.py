@@ -15,12 +15,7 @@ import numbers
 import numpy as np
 from keras import ops
 
-from keras_ssattn._checks import (
-    check_broadcastable,
-    check_floating,
-    check_mask,
-    normalize_axis,
-)
+from keras_ssattn._checks import check_broadcastable, check_floating, check_mask, normalize_axis
 from keras_ssattn._tensors import dtype_of, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Axis, Number, Tensor
 from keras_ssattn.ops import kernels

@@ -14,14 +14,7 @@ from keras_ssattn._checks import (
     check_last_position,
     check_mask,
 )
-from keras_ssattn._tensors import (
-    cast,
-    dtype_of,
-    is_known,
-    may_be_equal,
-    to_tensor,
-    zero_if_equal,
-)
+from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, to_tensor, zero_if_equal
 from keras_ssattn._typing import ArrayLike, Size, Tensor
 
 

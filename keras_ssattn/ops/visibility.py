@@ -16,17 +16,8 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from keras_ssattn._checks import (
-    LARGEST_INT32,
-    check_integer,
-)
-from keras_ssattn._tensors import (
-    cast,
-    dtype_of,
-    is_known,
-    may_be_equal,
-    to_tensor,
-)
+from keras_ssattn._checks import LARGEST_INT32, check_integer
+from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, to_tensor
 from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
 from keras_ssattn.ops import stacks
 from keras_ssattn.ops.sizes import Sizes

@@ -70,11 +70,7 @@ def attend(
 
 
 def attend_weights(
-    query: Tensor,
-    key: Tensor,
-    kernel: Kernel,
-    factor: Number | Tensor,
-    visibility: Visibility,
+    query: Tensor, key: Tensor, kernel: Kernel, factor: Number | Tensor, visibility: Visibility
 ) -> Tensor:
     """`attention_weights` of arguments that have been checked, as `attend` takes them.
 

@@ -22,11 +22,7 @@ def attention(
 
 
 def weights(
-    query: Tensor,
-    key: Tensor,
-    kernel: Kernel,
-    factor: Number | Tensor,
-    visibility: Visibility,
+    query: Tensor, key: Tensor, kernel: Kernel, factor: Number | Tensor, visibility: Visibility
 ) -> Tensor:
     """Attention weights `[B, H, T, S]` in float32 or wider.
 

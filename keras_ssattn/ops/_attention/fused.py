@@ -60,12 +60,7 @@ def attention(
         query, key, value = _with_sink(query, key, value, *kernel.tensors)
     if not visibility.needs_mask:
         out = ops.dot_product_attention(
-            query,
-            key,
-            value,
-            scale=factor,
-            is_causal=visibility.causal,
-            flash_attention=flash,
+            query, key, value, scale=factor, is_causal=visibility.causal, flash_attention=flash
         )
     else:
         out = _masked(query, key, value, factor, visibility, has_sink, flash)
