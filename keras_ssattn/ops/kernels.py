@@ -124,7 +124,7 @@ class SinkSoftmax(Softmax):
         return cast(self.sink, dtype)
 
     def constant(self, m: Tensor) -> Number | Tensor:
-        return ops.exp(cast(self.sink, dtype_of(m)) - m)
+        return ops.exp(ops.subtract(cast(self.sink, dtype_of(m)), m))  # also of symbols
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
