@@ -179,13 +179,15 @@ def to_int32(name: str, x: ArrayLike, expected: str = "integers") -> Tensor:
     return cast(check_integers(name, check_fits_int32(name, x), expected), "int32")
 
 
-def check_fits_int32(name: str, x: ArrayLike) -> Tensor:
-    """Returns `x` as a tensor, or raises for integers that a backend would cut to int32."""
+def check_fits_int32(name: str, x: ArrayLike, room: int = 0) -> Tensor:
+    """Returns `x` as a tensor, or raises for integers beyond int32, or within `room` of its end."""
     if not hasattr(x, "dtype") or isinstance(x, (np.ndarray, np.generic)):
         array = np.asarray(x)
-        if array.dtype.kind in "iu" and array.size and array.max() > LARGEST_INT32:
+        is_integer = array.dtype.kind in "iu" and array.size
+        if is_integer and (array.max() > LARGEST_INT32 - room or array.min() < -LARGEST_INT32):
             raise ValueError(
-                f"`{name}` must be less than 2^31. Received: {name} up to {array.max()}"
+                f"`{name}` must leave all positions below 2^31. Received: {name} from "
+                f"{array.min()} to {array.max()}"
             )
     return to_tensor(x)
 

@@ -17,7 +17,8 @@ def call_inside(layer: Layer, x: Tensor, *args: object, **kwargs: object) -> Ten
     if (
         EAGER
         and layer.built
-        and layer.compute_dtype == dtype_of(x)
+        and layer.variable_dtype == layer.compute_dtype == dtype_of(x)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)  # of PyTorch's modules
         and layer.quantization_mode is None
         and layer.activity_regularizer is None
     ):

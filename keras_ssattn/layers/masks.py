@@ -1,5 +1,6 @@
 """Masks as Keras gives them to layers, checked and brought into the shapes of `ops`."""
 
+import numbers
 from typing import NamedTuple
 
 from keras import ops
@@ -66,6 +67,9 @@ class PacksSegments:
     ) -> Tensor:
         if segment_ids is not None:
             kwargs["segment_ids"] = compress_ids(segment_ids, segment_ids)[0]
+        index = kwargs.get("cache_index")
+        if isinstance(index, numbers.Integral):  # Keras makes a tensor of NumPy's, too
+            kwargs["cache_index"] = int(index)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 

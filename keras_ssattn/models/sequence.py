@@ -95,11 +95,11 @@ def build(
 
     Reference: Edifice v0.2.0, `Blocks.SSMax.build`, `Blocks.Softpick.build`.
     """
-    check_integer("embed_dim", embed_dim)
-    check_integer("hidden_size", hidden_size)
-    check_integer("num_heads", num_heads)
-    check_integer("num_layers", num_layers)
-    check_integer("window_size", window_size, optional=True)
+    embed_dim = check_integer("embed_dim", embed_dim)
+    hidden_size = check_integer("hidden_size", hidden_size)
+    num_heads = check_integer("num_heads", num_heads)
+    num_layers = check_integer("num_layers", num_layers)
+    window_size = check_integer("window_size", window_size, optional=True)
     check_rate("dropout", dropout)
     check_choice("output_mode", output_mode, OUTPUT_MODES)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
@@ -133,8 +133,8 @@ def build_attention(
     inputs: ArrayLike, normalizer: Identifier, hidden_size: int, num_heads: int, name: str
 ) -> Tensor:
     """Applies a new layer of causal self-attention to `[B, T, E]`, giving `[B, T, hidden_size]`."""
-    check_integer("hidden_size", hidden_size)
-    check_integer("num_heads", num_heads)
+    hidden_size = check_integer("hidden_size", hidden_size)
+    num_heads = check_integer("num_heads", num_heads)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
     attention = MultiHeadAttention(
         num_heads,
@@ -162,5 +162,4 @@ def output_size(hidden_size: int = 256, **options: Option) -> int:
     unknown = sorted(set(options) - set(inspect.signature(build).parameters))
     if unknown:
         raise TypeError(f"output_size() got an unexpected keyword argument {unknown[0]!r}")
-    check_integer("hidden_size", hidden_size)
-    return hidden_size
+    return check_integer("hidden_size", hidden_size)

@@ -4,6 +4,7 @@ import numbers
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import (
@@ -144,6 +145,8 @@ def check_index(cache: Cache, index: int | ArrayLike, length: Size) -> int | Ten
     """Returns the index, an `int` or int32, or raises if there is no room for `length` keys."""
     size = cache.key.shape[1]
     known = is_known(length) and is_known(size)
+    if isinstance(index, np.ndarray) and index.ndim == 0:
+        index = index[()]
     if isinstance(index, numbers.Integral):
         if known and not 0 <= int(index) <= size - length:
             raise ValueError(

@@ -98,7 +98,8 @@ class Sizes:
             length = self.queries if is_known(self.queries) else 1
             check_last_position("query_offset", query_offset, length)
             return query_offset
-        query_offset = check_fits_int32("query_offset", query_offset)
+        length = self.queries if is_known(self.queries) else 1
+        query_offset = check_fits_int32("query_offset", query_offset, room=length - 1)
         if "int" not in dtype_of(query_offset) or len(query_offset.shape) > 1:
             raise ValueError(
                 "`query_offset` must be an integer or an integer tensor of shape [B]. Received: "

@@ -106,10 +106,10 @@ class Visibility:
         )
 
     def within(self, window: int | None) -> "Visibility":
-        """The same with another window, which has been checked."""
-        if window is not None and window >= LARGEST_INT32:
-            window = None
-        return self if window == self.window else dataclasses.replace(self, window=window)
+        """The same inside another window as well, which has been checked."""
+        if window is None or window >= (self.window or LARGEST_INT32):
+            return self
+        return dataclasses.replace(self, window=window)
 
     def check_lengths(self, query_length: Size, key_length: Size) -> None:
         """Raises if these known lengths are not its own."""
@@ -219,7 +219,7 @@ class Visibility:
             return None, None
         position = self.positions
         if self.causal:
-            end = position + 1
+            end = ops.clip(position, -1, self.key_length - 1) + 1  # free of overflow
         else:
             end = end_of_window(position, self.window or 1, self.key_length)
         end = ops.clip(end, 0, self.key_length)

@@ -54,7 +54,7 @@ def attention(
     group_size = query.shape[2] // key.shape[2]
     if group_size > 1:  # one key head, or an old Keras, is not repeated inside
         key, value = (ops.repeat(x, group_size, axis=2) for x in (key, value))
-    if not is_number or has_sink:
+    if not is_number or has_sink or factor <= 0:  # which would multiply PyTorch's own mask
         query, factor = cast(widen(query) * factor, dtype_of(query)), 1.0
     if has_sink:
         query, key, value = _with_sink(query, key, value, *kernel.tensors)
