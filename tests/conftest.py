@@ -23,6 +23,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.backend("jax")` is for tests of what the other backends do not have."""
+    for item in items:
+        for marker in item.iter_markers("backend"):
+            if not marker.args or not set(marker.args) <= set(BACKENDS):
+                raise pytest.UsageError(f"{item.nodeid}: no backends: {marker.args}")
+            if keras.backend.backend() not in marker.args:
+                reason = f"for {' and '.join(marker.args)} only"
+                if "reason" in marker.kwargs:
+                    reason += f": {marker.kwargs['reason']}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture
 def backend() -> str:
     return keras.backend.backend()

@@ -344,9 +344,8 @@ def test_a_model_without_attention_is_refused():
         record(model, sequences())
 
 
+@pytest.mark.backend("tensorflow", "jax", reason="a compiled function of PyTorch has values")
 def test_attention_in_a_compiled_function_is_refused(backend):
-    if backend == "torch":
-        pytest.skip("a compiled function of PyTorch has values")
     block = TransformerBlock(2, name="block")
     block.build((None, None, E))
 

@@ -256,9 +256,8 @@ def test_what_a_loaded_layer_makes_when_called_can_be_saved_by_itself(tmp_path):
     assert isinstance(lazy.inner, custom.InBuild)
 
 
-def test_a_vocabulary_is_carried_over(backend):
-    if backend != "tensorflow":
-        pytest.skip("a lookup is a part of models on TensorFlow only")
+@pytest.mark.backend("tensorflow", reason="a lookup is a part of models on TensorFlow only")
+def test_a_vocabulary_is_carried_over():
     lookup = keras.layers.IntegerLookup()
     lookup.adapt(np.array([[17, 4, 17, 99]]))
     inputs = keras.Input((5,), dtype="int64")

@@ -13,13 +13,13 @@ import sys
 import keras
 import numpy as np
 import pytest
+from support.cases import COMPARED
 from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks"
 SIZES = {"embed_dim": 12, "num_heads": 2, "num_layers": 2, "window_size": 7}
-NORMALIZERS = ("ssmax", "softmax", "softpick", "rectified_softpick")
 LAYERS_OF_BLOCK = {  # of the reference: of our block
     "attention_norm": "attention_norm",
     "attention": "attention",
@@ -78,7 +78,7 @@ def test_train_step_reports_every_model(tmp_path, backend):
     result, printed = run_small("train_step.py", tmp_path / "result.json")
     assert result["backend"] == backend
     assert set(result["versions"]) == {"python", "keras", backend, "keras_ssattn"}
-    assert set(result["models"]) == {"keras.layers.MultiHeadAttention", *NORMALIZERS}
+    assert set(result["models"]) == {"keras.layers.MultiHeadAttention", *COMPARED}
     for name, row in result["models"].items():
         assert name in printed
         for clock in ("wall", "processor"):
@@ -98,7 +98,7 @@ def test_attention_reports_every_implementation(tmp_path, backend):
     result, printed = run_small("attention.py", tmp_path / "result.json")
     assert result["backend"] == backend
     implementations = {"tiled", "dense"}
-    expected = {f"{x}, {y}" for x in NORMALIZERS if x != "softmax" for y in implementations}
+    expected = {f"{x}, {y}" for x in COMPARED if x != "softmax" for y in implementations}
     expected |= {"keras.ops.dot_product_attention"}
     if backend == "torch":
         expected |= {"ssmax, fused", "torch scaled_dot_product_attention"}
@@ -191,7 +191,7 @@ def test_the_tables_of_generation_are_those_of_the_results():
     assert_in_readme(done.stdout, tables=2)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", COMPARED)
 def test_the_models_compared_have_equally_many_parameters(train_step, normalizer):
     s = SIZES["num_heads"] * SIZES["num_layers"] if normalizer == "ssmax" else 0
     reference = train_step.build_reference(**SIZES)

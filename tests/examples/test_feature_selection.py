@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 import pytest
+from support.cases import COMPARED
 from support.helpers import relative_error, to_numpy
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_reports_every_arm(run, backend):
     results, printed, folder = run
     assert results["backend"] == backend
     assert results["settings"]["seeds"] == [0, 1]
-    assert tuple(results["arms"]) == (*NORMALIZERS, "no gate", "L1 linear SVM")
+    assert tuple(results["arms"]) == (*COMPARED, "no gate", "L1 linear SVM")
     for name, arm in results["arms"].items():
         assert name in printed
         assert set(arm["measured"]) == set(arm["summary"])
@@ -48,7 +48,7 @@ def test_reports_every_arm(run, backend):
 
 
 def test_weights_shown_are_those_of_trained_gates(run):
-    for name in NORMALIZERS:
+    for name in COMPARED:
         shown = np.array(run[0]["arms"][name]["shown"])
         assert shown.shape == (120,)
         assert 0.9 < np.abs(shown).sum() < 1.01  # rounded to 4 digits
@@ -75,7 +75,7 @@ def test_columns_are_scaled_by_the_training_part(selection):
     assert np.abs(test.x.mean(axis=0)).max() > 0.05
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", COMPARED)
 def test_gate_multiplies_each_feature_by_its_weight(selection, rng, normalizer):
     gate = selection.FeatureGate(selection.NORMALIZERS[normalizer]())
     x = rng.normal(size=(7, 5))

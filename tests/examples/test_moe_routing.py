@@ -10,11 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from support.cases import COMPARED
 from support.helpers import relative_error, to_numpy
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
-ARMS = (*NORMALIZERS, "no router")
+ARMS = (*COMPARED, "no router")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_routers_differ_as_their_normalizers_do(run):
     assert measured["no router"]["experts_used"] == [8, 8]
     assert min(measured["rectified_softpick"]["zeros"]) > 0.05
     assert min(measured["softpick"]["negative"]) > 0.05
-    for name in NORMALIZERS:
+    for name in COMPARED:
         assert (max(measured[name]["zeros"]) > 0) == (name == "rectified_softpick")
         assert (max(measured[name]["negative"]) > 0) == (name == "softpick")
 

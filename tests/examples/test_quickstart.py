@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.cases import COMPARED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -40,7 +41,7 @@ def run(tmp_path_factory):
 def test_reports_every_model_at_every_length(run, backend):
     results, printed, folder = run
     assert results["backend"] == backend
-    assert set(results["errors"]) == {"softmax", "ssmax", "softpick", "rectified_softpick"}
+    assert set(results["errors"]) == set(COMPARED)
     for name, by_length in results["errors"].items():
         assert name in printed
         assert set(by_length) == {"60", "240", "480"}

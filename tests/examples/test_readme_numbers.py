@@ -5,12 +5,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from support.cases import COMPARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 README = (ROOT / "README.md").read_text()
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 
 
 def result(path):
@@ -31,7 +31,7 @@ def spread(values, form=".2f"):
     return f"{mean} ({low} to {high})"
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", COMPARED)
 def test_quickstart(normalizer):
     errors = result("results/quickstart.json")["errors"][normalizer].values()
     assert_in_readme(f"| `{normalizer}` | " + " | ".join(map(spread, errors)) + " |")
@@ -48,7 +48,7 @@ def test_reloading_elsewhere():
     assert_in_readme(f"after reloading elsewhere: {max(differences):.0e})")
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("normalizer", COMPARED)
 def test_training_step(normalizer):
     rows = [x["models"][normalizer]["processor"] for x in benchmark("train_step").values()]
     cells = [f"{x['ratio']:.2f} ({x['ratio_low']:.2f} to {x['ratio_high']:.2f})" for x in rows]

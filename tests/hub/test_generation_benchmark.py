@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.cases import COMPARED
 
 pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "generation.py"
@@ -21,7 +22,7 @@ def test_writes_a_row_for_each_model(tmp_path, backend):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     assert result["backend"] == backend
-    names = {"keras_hub", "softmax", "ssmax", "softpick", "rectified_softpick"}
+    names = {"keras_hub", *COMPARED}
     assert {row["name"] for row in result["rows"]} == names
     assert set(result["seconds_per_token"]) == names - {"keras_hub"}
     assert all(row["tokens_per_second"] > 0 for row in result["rows"])

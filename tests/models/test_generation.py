@@ -39,9 +39,8 @@ def test_padding_at_the_end_of_a_prompt_is_left_out():
         model.generate([[3], [0, 0]], 5)
 
 
-def test_ragged_prompts(backend):
-    if backend != "tensorflow":
-        pytest.skip("of TensorFlow")
+@pytest.mark.backend("tensorflow", reason="ragged tensors are TensorFlow's")
+def test_ragged_prompts():
     import tensorflow as tf
 
     model = language_model(num_layers=1)

@@ -88,10 +88,9 @@ def test_auto_is_fused_on_torch_only(backend, rng):
         ops.attention(q, k, v, "softpick", implementation="fused")
 
 
-def test_fused_on_jax_asks_a_gpu_for_flash_attention(backend, monkeypatch, rng):
+@pytest.mark.backend("jax")
+def test_fused_on_jax_asks_a_gpu_for_flash_attention(monkeypatch, rng):
     """And for nothing else: without it Keras would compute all weights."""
-    if backend != "jax":
-        pytest.skip("of the jax backend")
     (q, k, _), compute, asked = inputs(rng), keras.ops.dot_product_attention, []
 
     def stand_in(*args, flash_attention, **kwargs):

@@ -15,10 +15,9 @@ def test_bias_is_by_head_where_there_are_as_many_queries(rng):
     np.testing.assert_allclose(found, s * np.log(n) + b, rtol=1e-5)
 
 
+@pytest.mark.backend("tensorflow", "torch", reason="JAX has float64 only where it is enabled")
 @pytest.mark.parametrize("wide", ["s", "b", "n"])
-def test_float64_of_any_argument_is_exact(wide, backend, rng):
-    if backend == "jax":
-        pytest.skip("JAX has float64 only where it is enabled")
+def test_float64_of_any_argument_is_exact(wide, rng):
     arguments = {"n": np.array([[1, 2, 1000, 131072]]), "s": 0.5, "b": 0.25}
     exact = {
         "n": arguments["n"].astype("float64"),

@@ -76,9 +76,8 @@ def test_s_of_any_dtype(dtype, formula, rng):
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_float64_stays_float64(backend, rng):
-    if backend == "jax":
-        pytest.skip("JAX has float64 only where it is enabled")
+@pytest.mark.backend("tensorflow", "torch", reason="JAX has float64 only where it is enabled")
+def test_float64_stays_float64(rng):
     logits = rng.normal(size=(3, 5))
     mask = np.arange(5) < np.array([[5], [3], [2]])
     for name in NAMES:
@@ -135,9 +134,8 @@ def test_ssmax_with_n_per_row_equals_truncated_rows(rng):
         np.testing.assert_allclose(actual[b, i, : i + 1], row, rtol=1e-6)
 
 
-def test_ssmax_agrees_with_scalable_softmax_package(backend, rng):
-    if backend != "torch":
-        pytest.skip("the package scalable-softmax is for PyTorch")
+@pytest.mark.backend("torch", reason="the package scalable-softmax is for PyTorch")
+def test_ssmax_agrees_with_scalable_softmax_package(rng):
     import torch
     from scalable_softmax import ScalableSoftmax
 

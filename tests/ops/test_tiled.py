@@ -166,13 +166,12 @@ def test_compiled_with_unknown_lengths(normalizer, causal, implementation, rng):
             assert relative_error(gradient, reference) < 2e-6
 
 
+@pytest.mark.backend("tensorflow", reason="the other backends know the lengths")
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("visibility", ["mask", "column", "key_mask", "segment_ids"])
 @pytest.mark.parametrize(("normalizer", "jit_compile"), [("ssmax", True), ("softpick", False)])
-def test_any_visibility_with_unknown_lengths(normalizer, jit_compile, visibility, backend, rng):
+def test_any_visibility_with_unknown_lengths(normalizer, jit_compile, visibility, rng):
     """Of a mask, also which of its axes are one to broadcast is unknown."""
-    if backend != "tensorflow":
-        pytest.skip("the other backends know the lengths")
     import tensorflow as tf
 
     name = "mask" if visibility == "column" else visibility
@@ -207,11 +206,10 @@ def test_any_visibility_with_unknown_lengths(normalizer, jit_compile, visibility
             assert relative_error(gradient, reference) < 5e-6
 
 
+@pytest.mark.backend("torch", reason="the others have compilers of their own")
 @pytest.mark.usefixtures("small_tiles")
-def test_traced_by_torch_compile(backend, rng):
+def test_traced_by_torch_compile(rng):
     """Graphs and guards of PyTorch's compiler, without the code that it would generate."""
-    if backend != "torch":
-        pytest.skip("the others have compilers of their own")
     import torch
 
     function = functools.partial(
@@ -243,10 +241,9 @@ def test_auto_takes_tiles_where_there_are_many_weights(monkeypatch, rng):
     assert len(taken) == 1
 
 
+@pytest.mark.backend("tensorflow", "torch", reason="JAX has float64 only where it is enabled")
 @pytest.mark.parametrize("normalizer", NAMES)
-def test_float64_of_any_input(normalizer, backend, rng):
-    if backend == "jax":
-        pytest.skip("JAX has float64 only where it is enabled")
+def test_float64_of_any_input(normalizer, rng):
     q, k, v = inputs(rng)
     exact = [keras.ops.convert_to_tensor(x, "float64") for x in (q, k, v)]
     case = {"causal": True, "key_mask": np.arange(41) >= np.array([[3], [41]])}  # some see no key

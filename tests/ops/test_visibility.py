@@ -105,9 +105,8 @@ def test_one_row_of_segments_serves_all(other, rng):
     np.testing.assert_array_equal(to_numpy(ops.key_count(5, 5, **case)), expected)
 
 
-def test_segments_with_long_ids(backend):
-    if backend == "jax":
-        pytest.skip("JAX has 64 bits only where they are enabled")
+@pytest.mark.backend("tensorflow", "torch", reason="JAX has 64 bits only where they are enabled")
+def test_segments_with_long_ids():
     ids = keras.ops.convert_to_tensor(np.array([[0, 0, 2**32, 2**32]]), "int64")
     found = to_numpy(ops.key_count(4, 4, segment_ids=ids))
     np.testing.assert_array_equal(found, [[[2, 2, 2, 2]]])
@@ -120,10 +119,9 @@ def test_segments_with_long_ids(backend):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_64_bits_on_jax(backend, rng):
+@pytest.mark.backend("jax")
+def test_64_bits_on_jax(rng):
     """Where they are enabled, JAX refuses indices of two dtypes."""
-    if backend != "jax":
-        pytest.skip("of the jax backend")
     import jax
 
     x = rng.normal(size=(2, 70, 2, 4)).astype("float32")

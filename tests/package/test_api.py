@@ -7,6 +7,7 @@ import pathlib
 import pkgutil
 import subprocess
 import sys
+import types
 
 import pytest
 from support.docstrings import failing_examples
@@ -15,9 +16,14 @@ import keras_ssattn
 
 ROOT = pathlib.Path(keras_ssattn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-MODULES = ["keras_ssattn", *(
-    m.name for m in pkgutil.walk_packages(keras_ssattn.__path__, "keras_ssattn.")
-)]  # fmt: skip
+ONLY_ON_JAX = pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+MODULES = [
+    pytest.param(name, marks=ONLY_ON_JAX if name == "keras_ssattn.distribution" else ())
+    for name in (
+        "keras_ssattn",
+        *(m.name for m in pkgutil.walk_packages(keras_ssattn.__path__, "keras_ssattn.")),
+    )
+]
 PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
           ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
 # What a part of the package may import: itself, and parts of a lower level.
@@ -53,12 +59,23 @@ def test_everything_public_is_documented_with_an_example(module):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name, backend):
-    if name == "keras_ssattn.distribution" and backend != "jax":
-        pytest.skip("keras.distribution is for JAX")
+def test_examples_in_docstrings_run(name):
     if name == "keras_ssattn.analysis.plots":
         pytest.importorskip("matplotlib", reason="plots need the extra of that name")
     assert failing_examples(importlib.import_module(name)) == []
+
+
+WRONG_COMMENTS = ["1 / 3  # 0.34", "1 / 3  # [0.33]", "[1, 2]  # [1, 3]", "1 < 2  # False"]
+RIGHT_COMMENTS = ["1 / 3  # 0.333", "[1 / 2]  # [0.5]", "1 < 2  # True", "2 / 3  # two of 3"]
+
+
+@pytest.mark.parametrize(
+    ("example", "fails"),
+    [*((x, True) for x in WRONG_COMMENTS), *((x, False) for x in RIGHT_COMMENTS)],
+)
+def test_values_in_comments_behind_examples_are_compared(example, fails):
+    module = types.ModuleType("module", f">>> {example}\n")
+    assert bool(failing_examples(module)) == fails
 
 
 def _imports(path):

@@ -33,19 +33,13 @@ def results(script, kinds, folder):
     return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
 
 
-def only_on(backend, needed):
-    if backend != needed:
-        pytest.skip(f"this is the way of the {needed} backend")
-
-
 @pytest.fixture(scope="module")
 def on_jax(tmp_path_factory):
-    if keras.backend.backend() != "jax":
-        pytest.skip("keras.distribution is for JAX")
     kinds = ("single", "data", "model")
     return results("distribute_jax.py", kinds, tmp_path_factory.mktemp("jax"))
 
 
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_keras_distribution_on_jax(kind, on_jax):
     single, parallel = on_jax["single"], on_jax[kind]
@@ -65,6 +59,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
 def test_layout_map_splits_heads_and_feed_forward_and_nothing_else(on_jax):
     met = set()
     for path, (shape, shard) in on_jax["model"]["shards"].items():
@@ -77,15 +72,15 @@ def test_layout_map_splits_heads_and_feed_forward_and_nothing_else(on_jax):
     assert met == set(SHARDED)
 
 
-def test_layout_map_names_a_missing_axis(backend):
-    only_on(backend, "jax")
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_layout_map_names_a_missing_axis():
     mesh = keras.distribution.DeviceMesh((1,), ("batch",), keras.distribution.list_devices()[:1])
     with pytest.raises(ValueError, match=r"`model_axis` must be an axis.*'batch'.*'model'"):
         layout_map(mesh)
 
 
-def test_mirrored_strategy_on_tensorflow(backend, tmp_path):
-    only_on(backend, "tensorflow")
+@pytest.mark.backend("tensorflow")
+def test_mirrored_strategy_on_tensorflow(tmp_path):
     found = results("distribute_tensorflow.py", ("single", "mirrored"), tmp_path)
     single, mirrored = found["single"], found["mirrored"]
     assert single["losses"][-1] < single["losses"][0]
@@ -93,8 +88,8 @@ def test_mirrored_strategy_on_tensorflow(backend, tmp_path):
     np.testing.assert_allclose(mirrored["outputs"], single["outputs"], rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes_on_torch(backend, tmp_path):
-    only_on(backend, "torch")
+@pytest.mark.backend("torch")
+def test_two_processes_on_torch(tmp_path):
     here = "127.0.0.1"  # the name of a machine need not resolve, and torchrun would wait for it
     for size in (1, 2):
         launch(

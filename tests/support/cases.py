@@ -20,6 +20,7 @@ TIME, FEATURES = 7, 6
 
 # The names of the normalizers, each with the row of the oracle and the kernel that it has.
 NAMES = ("softmax", "ssmax", "softpick", "rectified_softpick", "sink_softmax")
+COMPARED = tuple(name for name in NAMES if name != "sink_softmax")  # by the examples
 
 # Every `normalizer=` that users are promised, as factories: a layer belongs to one model.
 NORMALIZERS = {
