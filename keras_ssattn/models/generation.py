@@ -162,7 +162,7 @@ def sample(
         total = ops.cumsum(weights, axis=-1)
     # the first whose sum passes the draw; none does where the draw rounds up to the whole
     passed = total <= ops.expand_dims(draw, -1) * total[:, -1:]
-    index = ops.sum(ops.cast(passed, "int32"), axis=-1)
+    index = cast(ops.sum(ops.cast(passed, "int32"), axis=-1), "int32")  # JAX may sum in int64
     index = ops.minimum(index, ops.cast(ops.argmax(total, axis=-1), "int32"))
     if tokens is None:
         return index
