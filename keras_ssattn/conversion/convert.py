@@ -68,7 +68,7 @@ def convert_attention(
     Raises:
         TypeError: if `model` is not a `keras.Model`, or is not built.
         ValueError: if there is no attention, or some of it cannot be converted. The message names
-            each such layer with the reason: `use_gate=True`, attention over other axes than time,
+            each such layer with the reason: an attention class of its own,
             quantization, LoRA anywhere, a class that cannot be made again or shares its name with
             another, or a dtype policy that came from a global one which has changed since. Also
             for an unknown normalizer, and for a `train_length` below 2, missing or out of place.

@@ -71,8 +71,8 @@ def build(
         num_layers: number of blocks.
         dropout: rate of dropout.
         window_size: number of steps, T; `None` for any.
-        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"softmax"`, or a layer
-            such as `SSMax(init_s="auto", train_length=60)`.
+        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"sink_softmax"`,
+            `"softmax"`, or a layer such as `SSMax(init_s="auto", train_length=60)`.
         output_mode: `"last_timestep"` (under a mask, the last step that it leaves), `"all"`
             or `"mean_pool"`.
         final_norm: whether to apply the final layer normalization.

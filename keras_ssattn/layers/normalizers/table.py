@@ -69,7 +69,8 @@ def layer(inputs: ArrayLike, normalizer: str = "ssmax", **options: Option) -> Te
 
     Args:
         inputs: logits, a symbolic tensor or an eager one.
-        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"` or `"softmax"`.
+        normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`,
+            `"sink_softmax"` or `"softmax"`.
         **options: of that normalizer's layer: `name`, `axis`, `init_s` and so on.
 
     Returns:

@@ -119,8 +119,9 @@ def _require_fused(
     dtypes = sorted({dtype_of(x) for x in (query, key, value)})
     if not fused.is_available(kernel, dtypes, visibility):
         raise ValueError(
-            'implementation="fused" serves softmax and ssmax up to float32: on torch, with masks '
-            "from Keras 3.14 on; on JAX with a GPU, without masks beyond causality. Received: "
+            'implementation="fused" serves softmax, ssmax and sink_softmax up to float32: on '
+            "torch, with masks from Keras 3.14 on; and, without a sink, on JAX with a GPU, without "
+            "masks beyond causality. Received: "
             f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}, Keras "
             f"{keras.version()}"
         )
