@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import numpy as np
 from keras import ops
@@ -38,17 +39,22 @@ def check_number(
     fits: Callable[[float], bool] = math.isfinite,
 ) -> float:
     """Returns `value`, a number for which `fits`, as a `float`, or raises."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(float(value)):
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    if isinstance(value, bool) or not fits(number):
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
-    return float(value)
+    return number
 
 
 def check_rate(name: str, value: object) -> float:
     return check_number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    choices = tuple(choices)
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises unless `value` is one of the strings, or of those of a `Literal` type."""
+    choices = get_args(choices) or tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"`{name}` must be one of {choices}. Received: {name}={value!r}"
@@ -180,7 +186,10 @@ def to_int32(name: str, x: ArrayLike, expected: str = "integers") -> Tensor:
 
 
 def check_fits_int32(name: str, x: ArrayLike, room: int = 0) -> Tensor:
-    """Returns `x` as a tensor, or raises for integers beyond int32, or within `room` of its end."""
+    """Returns `x` as a tensor, or raises for integers beyond int32, or within `room` of its end.
+
+    The values of a tensor of the backend are not looked at: the device would have to wait.
+    """
     if not hasattr(x, "dtype") or isinstance(x, (np.ndarray, np.generic)):
         array = np.asarray(x)
         is_integer = array.dtype.kind in "iu" and array.size

@@ -13,7 +13,6 @@ from keras_ssattn.models.sequence import build_attention
 __all__ = ["EdificeSSMax", "build", "build_ssmax_attention", "compute", "layer", "output_size"]
 
 
-FORMULAS = ("scale", "shift")
 Formula = Literal["scale", "shift"]
 
 
@@ -41,7 +40,7 @@ def compute(
     >>> from keras_ssattn import ssmax
     >>> ssmax.compute([[1.0, 1.0, 1.0, 1.0]], s=1.0, seq_len=4)  # [[0.25, 0.25, 0.25, 0.25]]
     """
-    _checks.check_choice("formula", formula, FORMULAS)
+    _checks.check_choice("formula", formula, Formula)
     if formula == "scale":
         return ops.ssmax(logits, s, seq_len)
     logits = _tensors.to_tensor(logits)
@@ -80,7 +79,7 @@ def layer(
     >>> ssmax.layer(keras.Input((10,))).shape
     (None, 10)
     """
-    _checks.check_choice("formula", formula, FORMULAS)
+    _checks.check_choice("formula", formula, Formula)
     cls = layers.SSMax if formula == "scale" else EdificeSSMax
     return cls(name=name, init_s=init_s, **options)(inputs)
 
@@ -91,8 +90,7 @@ class _Shift(layers.LogLengthScale):
     uses_count = False
 
     def build(self, n_shape: Shape) -> None:
-        super().build(n_shape)
-        self.trainable = False
+        self.s = self._add_parameter("s", self.start_of_s(), trainable=False)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")

@@ -8,16 +8,16 @@ from keras_ssattn._typing import Layer, Tensor
 EAGER = keras.backend.backend() == "torch"
 
 
-def call_inside(layer: Layer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """`layer(x, ...)`, without what Keras does around a call where that changes nothing.
+def call_inside(owner: Layer, layer: Layer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """`layer(x, ...)` in the call of its owner, without Keras's own work where it changes nothing.
 
-    On PyTorch, which runs eagerly, that takes longer than many a product. It changes nothing for
-    a built layer inside one of the same dtype, which has set up autocasting, training and masks.
+    On PyTorch, which runs eagerly, that work takes longer than a small product. It changes nothing
+    for a built layer of its owner's dtype: the owner has set up autocasting, training and masks.
     """
     if (
         EAGER
         and layer.built
-        and layer.variable_dtype == layer.compute_dtype == dtype_of(x)
+        and owner.compute_dtype == layer.compute_dtype == layer.variable_dtype == dtype_of(x)
         and not (layer._forward_hooks or layer._forward_pre_hooks)  # of PyTorch's modules
         and layer.quantization_mode is None
         and layer.activity_regularizer is None

@@ -1,5 +1,6 @@
 """Multi-head attention with a choice of normalizer."""
 
+import functools
 import math
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +32,15 @@ from keras_ssattn._typing import (
 )
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers.axes import AttentionAxes, check_axes
-from keras_ssattn.layers.masks import CallMasks, PacksSegments, hide_rows, see, visible_in
+from keras_ssattn.layers.masks import (
+    CallMasks,
+    PacksSegments,
+    check_cache_arguments,
+    check_visibility,
+    hide_rows,
+    see,
+    visible_in,
+)
 from keras_ssattn.layers.projection import check_output_shape, projection
 from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
@@ -45,8 +54,6 @@ from keras_ssattn.ops import (
 )
 from keras_ssattn.ops.cache import write_cache
 from keras_ssattn.ops.rotary import Rotation
-
-IMPLEMENTATIONS = ("auto", "dense", "tiled", "fused")
 
 
 class Heads(NamedTuple):
@@ -124,9 +131,10 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             that it holds up to their own positions; `use_causal_mask=True` is required.
         cache_index: position of the first of these T: an integer, or an integer tensor, scalar
             or `[B]`, one for each row. `cache_index + T` must not pass the cache's length.
-        visibility: a `Visibility`, made once for several layers, which takes the place of the
-            masks, causality and segments; the layer's own window is added. With a cache it is that
-            of the whole cache, with these T in it.
+        visibility: a `Visibility`, made once for several layers, which takes the place of the masks
+            of values and keys, of causality and of `cache_index`; the layer's own window is added.
+            With a cache it is that of the whole cache, with these T in it. It comes without
+            `attention_mask` and `segment_ids`.
         rotation: a `Rotation` of the queries' positions, made once for several layers.
 
     All masks are combined by "and". n, the count that SSMax scales by, is the number of keys
@@ -205,7 +213,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
                 "Dropout is not supported when flash attention is enabled. Received: "
                 f"flash_attention={flash_attention}, dropout={dropout}"
             )
-        check_choice("implementation", implementation, IMPLEMENTATIONS)
+        check_choice("implementation", implementation, Implementation)
         check_options(self, kwargs, self.hints)
         specification, rotary = normalizers.get_for_attention(normalizer), specify(rotary)
         super().__init__(**kwargs)
@@ -268,12 +276,9 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
 
     def _axes(self, query_shape: Shape, value_shape: Shape, key_shape: Shape) -> AttentionAxes:
         axes = AttentionAxes.of_shapes(query_shape, value_shape, key_shape, self.attention_axes)
-        ordered = self.sliding_window is not None or self.rotary is not None
-        if ordered and len(axes.attended) > 1:
-            raise ValueError(
-                "`sliding_window` and `rotary` need one attended axis. Received: "
-                f"attention_axes={axes.attended}"
-            )
+        for name in ("sliding_window", "rotary"):
+            if getattr(self, name) is not None:
+                axes.require_one(name)
         return axes
 
     def _head_norm(self, name: str, num_heads: int) -> Layer:
@@ -307,10 +312,6 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         visibility: Visibility | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        if cache is not None and (not use_causal_mask or segment_ids is not None):
-            raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
-        if cache is None and not (isinstance(cache_index, int) and cache_index == 0):
-            raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
         if self.flash_attention and return_attention_scores:
             raise ValueError(
                 "Returning attention scores is not supported when flash attention is enabled. "
@@ -320,17 +321,15 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         cache = None if cache is None else Cache(*cache)
         key = value if key is None else key
         axes = AttentionAxes(len(query.shape), self.attention_axes)
-        if use_causal_mask and len(axes.attended) > 1:
-            raise ValueError(
-                "`use_causal_mask` needs one attended axis. Received: attention_axes="
-                f"{axes.attended}"
-            )
+        if use_causal_mask:
+            axes.require_one("use_causal_mask")
+        check_cache_arguments(cache, cache_index, use_causal_mask, segment_ids)
         inputs = axes.fold(query), axes.fold(value), axes.fold(key)
-        keys = axes.pick(ops.shape(value))[1] if cache is None else (cache.key.shape[1],)
         if visibility is not None:
-            held = inputs[1] if cache is None else cache.key
-            visibility.check_lengths(ops.shape(inputs[0])[1], ops.shape(held)[1])
+            others = {"attention_mask": attention_mask, "segment_ids": segment_ids}
+            check_visibility(visibility, inputs, cache, use_causal_mask, others)
         else:
+            keys = axes.pick(ops.shape(value))[1] if cache is None else (cache.key.shape[1],)
             masks = CallMasks(
                 axes.fold_padding(query_mask, query),
                 axes.fold_padding(value_mask, value),
@@ -348,8 +347,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             heads, visibility, query_mask, return_attention_scores, training
         )
         if self.use_gate:
-            output = output * call_inside(self._gate_dense, inputs[0])
-        results = [axes.unfold(call_inside(self.output_dense, output), query)]
+            output = output * call_inside(self, self._gate_dense, inputs[0])
+        results = [axes.unfold(call_inside(self, self.output_dense, output), query)]
         if return_attention_scores:
             results.append(axes.unfold_scores(weights, query, value))
         if cache is not None:
@@ -366,9 +365,10 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         """Queries, keys and values by head, normalized and turned, and the factor of the query."""
         query, value, key = inputs
         is_self = has_cache or value is query
-        key = call_inside(self.key_norm, call_inside(self.key_dense, key))  # [B, S, K, D]
-        query = call_inside(self.query_norm, call_inside(self.query_dense, query))
-        value = call_inside(self.value_dense, value)
+        call = functools.partial(call_inside, self)
+        key = call(self.key_norm, call(self.key_dense, key))  # [B, S, K, D]
+        query = call(self.query_norm, call(self.query_dense, query))
+        value = call(self.value_dense, value)
         scale, factor = self.normalizer.length_scale, 1.0 / math.sqrt(self.key_dim)
         if scale.uses_query:  # which is before rotation
             query = cast(multiply_wide(query, scale(visibility.count, query)), dtype_of(query))

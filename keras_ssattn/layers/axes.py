@@ -69,6 +69,13 @@ class AttentionAxes:
             )
         return found
 
+    def require_one(self, option: str) -> None:
+        """Raises for several attended axes, which have no order."""
+        if len(self.attended) > 1:
+            raise ValueError(
+                f"`{option}` needs one attended axis. Received: attention_axes={self.attended}"
+            )
+
     @property
     def scores(self) -> str:
         """The axes of the weights, in words."""

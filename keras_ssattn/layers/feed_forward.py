@@ -87,10 +87,10 @@ class FeedForward(keras.layers.Layer):
         return [*([self.gate] if self.gated else []), self.up, self.down]
 
     def call(self, inputs: Tensor) -> Tensor:
-        x = call_inside(self.up, inputs)
+        x = call_inside(self, self.up, inputs)
         if self.gated:
-            x = x * call_inside(self.gate, inputs)
-        return call_inside(self.down, x)
+            x = x * call_inside(self, self.gate, inputs)
+        return call_inside(self, self.down, x)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

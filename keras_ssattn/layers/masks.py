@@ -1,5 +1,7 @@
 """Masks as Keras gives them to layers, checked and brought into the shapes of `ops`."""
 
+import functools
+import inspect
 import numbers
 from typing import NamedTuple
 
@@ -57,20 +59,27 @@ def both_masks(
 
 
 class PacksSegments:
-    """Goes before a layer whose call takes `segment_ids`, before Keras makes tensors of them.
+    """A base class of layers whose call takes `segment_ids`: what they do before Keras does.
 
-    JAX would cut NumPy's 64-bit ids to 32 bits, and merge those that differ above.
+    Keras makes tensors of arrays. JAX would cut NumPy's 64-bit ids to 32 bits, and merge those that
+    differ above.
     """
 
-    def __call__(
-        self, *args: Option, segment_ids: ArrayLike | None = None, **kwargs: Option
-    ) -> Tensor:
-        if segment_ids is not None:
-            kwargs["segment_ids"] = compress_ids(segment_ids, segment_ids)[0]
+    def __call__(self, *args: Option, **kwargs: Option) -> Tensor:
+        if len(args) > 2 and len(args) > (place := _place_of_segments(type(self))):
+            args = (*args[:place], *compress_ids(args[place]), *args[place + 1 :])
+        if kwargs.get("segment_ids") is not None:
+            (kwargs["segment_ids"],) = compress_ids(kwargs["segment_ids"])
         index = kwargs.get("cache_index")
         if isinstance(index, numbers.Integral):  # Keras makes a tensor of NumPy's, too
             kwargs["cache_index"] = int(index)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _place_of_segments(cls: type) -> int:
+    """The position of `segment_ids` among the arguments of a class's call."""
+    return list(inspect.signature(cls.call).parameters).index("segment_ids") - 1  # less `self`
 
 
 class CallMasks(NamedTuple):
@@ -145,6 +154,42 @@ def see_cache(
     return Visibility(
         length, ops.shape(cache[0])[1], True, None, index, mask, key_mask, None, guard
     )
+
+
+def check_cache_arguments(
+    cache: Cache | None,
+    index: int | ArrayLike,
+    causal: bool,
+    segment_ids: ArrayLike | None,
+) -> None:
+    """Raises unless what a call says of a cache goes together."""
+    if cache is not None and (not causal or segment_ids is not None):
+        raise ValueError("`cache` goes with `use_causal_mask=True`, without `segment_ids`.")
+    if cache is None and not (isinstance(index, int) and index == 0):
+        raise ValueError("`cache_index` goes with `cache`. Received: cache=None")
+
+
+def check_visibility(
+    visibility: Visibility,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    cache: Cache | None,
+    causal: bool,
+    others: dict[str, ArrayLike | None],
+) -> None:
+    """Raises unless a given `Visibility` fits the inputs, and nothing else says what is seen."""
+    if not isinstance(visibility, Visibility):
+        raise TypeError(
+            f"`visibility` must be a `keras_ssattn.ops.Visibility`. Received: {visibility!r}"
+        )
+    given = [name for name, x in others.items() if x is not None]
+    if given or (causal and not visibility.causal):
+        given = given or ["use_causal_mask=True, with causal=False in `visibility`"]
+        raise ValueError(
+            "`visibility` takes the place of other masks: make it with what they say. Received as "
+            f"well: {', '.join(given)}"
+        )
+    held = inputs[1] if cache is None else cache.key
+    visibility.check_lengths(ops.shape(inputs[0])[1], ops.shape(held)[1])
 
 
 def hide_rows(x: Tensor, query_mask: Tensor | None, axes: tuple[int, ...]) -> Tensor:

@@ -7,10 +7,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ssattn._checks import check_number, to_int32
+from keras_ssattn._checks import check_fits_int32, check_number, to_int32
 from keras_ssattn._keras.serialization import Specification
 from keras_ssattn._tensors import dtype_of
-from keras_ssattn._typing import ArrayLike, Config, DType, Identifier, Layer, Shape, Tensor
+from keras_ssattn._typing import ArrayLike, Config, DType, Identifier, Layer, Option, Shape, Tensor
 from keras_ssattn.ops import rotary_attention_factor, rotary_embedding, rotary_frequencies
 from keras_ssattn.ops.rotary import Rotation, check_scaling, check_theta
 
@@ -88,6 +88,13 @@ class RotaryEmbedding(keras.layers.Layer):
     @theta.setter
     def theta(self, value: float) -> None:
         self._theta = check_theta(value)
+
+    def __call__(self, x: Tensor, *args: Option, **kwargs: Option) -> Tensor:
+        given = {**dict(zip(("positions", "offset"), args, strict=False)), **kwargs}
+        for name in ("positions", "offset"):
+            if given.get(name) is not None:  # before Keras makes tensors of 32 bits of them on JAX
+                check_fits_int32(name, given[name])
+        return super().__call__(x, *args, **kwargs)
 
     def call(
         self, x: Tensor, positions: ArrayLike | None = None, offset: int | ArrayLike = 0

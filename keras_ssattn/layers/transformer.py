@@ -30,10 +30,10 @@ from keras_ssattn._typing import (
     Tensor,
 )
 from keras_ssattn.layers import normalizers
-from keras_ssattn.layers.attention import IMPLEMENTATIONS, MultiHeadAttention
+from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
 from keras_ssattn.layers.masks import PacksSegments
-from keras_ssattn.layers.norms import NORMS, make_norm
+from keras_ssattn.layers.norms import make_norm
 from keras_ssattn.layers.rotary import serialize_rotary, specify
 from keras_ssattn.ops import Cache, Visibility
 from keras_ssattn.ops.rotary import Rotation
@@ -78,8 +78,7 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         segment_ids: of self-attention, as in `MultiHeadAttention`.
         cache: of self-attention, from `make_cache`, in a causal block; see `MultiHeadAttention`.
         cache_index: position of the first step, as in `MultiHeadAttention`.
-        visibility, rotation: of self-attention, as in `MultiHeadAttention`; they take the place
-            of `attention_mask`, `segment_ids` and `cache_index`.
+        visibility, rotation: of self-attention, as in `MultiHeadAttention`.
 
     Returns:
         `[B, T, E]`, with the mask of `inputs`; with a `cache`, a pair of it and the new cache.
@@ -129,11 +128,11 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         key_dim = check_integer("key_dim", key_dim, optional=True)
         sliding_window = check_integer("sliding_window", sliding_window, optional=True)
         check_options(self, kwargs, self.hints)
-        check_choice("ffn_type", ffn_type, ("standard", "gated"))
-        check_choice("norm", norm, tuple(NORMS))
-        check_choice("norm_position", norm_position, ("pre", "post"))
+        check_choice("ffn_type", ffn_type, FeedForwardType)
+        check_choice("norm", norm, NormName)
+        check_choice("norm_position", norm_position, NormPosition)
         check_rate("dropout", dropout)
-        check_choice("implementation", implementation, IMPLEMENTATIONS)
+        check_choice("implementation", implementation, Implementation)
         ffn_expansion = check_expansion(ffn_expansion)
         normalizer, rotary = normalizers.get_for_attention(normalizer), specify(rotary)
         super().__init__(**kwargs)
@@ -260,6 +259,7 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
 
         def attend(x: Tensor) -> Tensor:
             result = call_inside(
+                self,
                 self.attention,
                 x,
                 x,
@@ -281,14 +281,14 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
 
         def attend_to_context(x: Tensor) -> Tensor:
             masks = {"query_mask": mask, "value_mask": context_mask}
-            return call_inside(self.context_attention, x, context, **masks, training=training)
+            return call_inside(self, self.context_attention, x, context, **masks, training=training)
 
         x = self._residual(inputs, self.attention_norm, self.attention_dropout, attend, training)
         if self.cross_attention:
             norm, dropout = self.context_attention_norm, self.context_attention_dropout
             x = self._residual(x, norm, dropout, attend_to_context, training)
         norm, dropout = self.feed_forward_norm, self.feed_forward_dropout
-        part = functools.partial(call_inside, self.feed_forward)
+        part = functools.partial(call_inside, self, self.feed_forward)
         x = self._residual(x, norm, dropout, part, training)
         watching = observer()
         if watching is not None:
@@ -307,9 +307,9 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         part: Callable[[Tensor], Tensor],
         training: bool | None,
     ) -> Tensor:
-        y = part(call_inside(norm, x) if self.norm_position == "pre" else x)
+        y = part(call_inside(self, norm, x) if self.norm_position == "pre" else x)
         y = x + (dropout(y, training=training) if self.dropout > 0 else y)
-        return y if self.norm_position == "pre" else call_inside(norm, y)
+        return y if self.norm_position == "pre" else call_inside(self, norm, y)
 
     def compute_output_shape(
         self, inputs_shape: Shape, context_shape: Shape | None = None

@@ -239,7 +239,7 @@ class CausalLM(PacksSegments, keras.Model):
                 )
 
             x = keras.remat(apply)(x) if self.remat and training else apply(x)
-        return self._logits(x)
+        return self._logits(x, mask)
 
     def _rotations(self, seen: Visibility) -> list[Rotation | None]:
         """The rotation of each block; those of the same settings share one."""
@@ -256,8 +256,8 @@ class CausalLM(PacksSegments, keras.Model):
             rotations.append(made[settings])
         return rotations
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.head(x, self._embeddings()) if self.tie_embeddings else self.head(x)
+    def _logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.head(x, self._embeddings() if self.tie_embeddings else None, mask=mask)
 
     def _embeddings(self) -> Tensor:
         """The embedding of every token, `[V, E]`."""

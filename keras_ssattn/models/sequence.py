@@ -15,8 +15,6 @@ from keras_ssattn.layers import (
 )
 from keras_ssattn.layers.norms import NORM_EPSILON
 
-OUTPUT_MODES = ("last_timestep", "all", "mean_pool")
-
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class SequenceModel(keras.Model):
@@ -101,7 +99,7 @@ def build(
     num_layers = check_integer("num_layers", num_layers)
     window_size = check_integer("window_size", window_size, optional=True)
     check_rate("dropout", dropout)
-    check_choice("output_mode", output_mode, OUTPUT_MODES)
+    check_choice("output_mode", output_mode, OutputMode)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
     normalizer = normalizers.get_for_attention(normalizer)
     prefix = normalizers.name_of(normalizer)

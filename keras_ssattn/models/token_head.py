@@ -8,7 +8,7 @@ from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, matmul, widen
 from keras_ssattn._typing import Config, Layer, NormName, Shape, Tensor
-from keras_ssattn.layers.norms import NORMS, make_norm
+from keras_ssattn.layers.norms import make_norm
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -20,7 +20,7 @@ class TokenHead(keras.layers.Layer):
     """
 
     def __init__(self, vocabulary_size: int, norm: NormName, tied: bool, **kwargs: object) -> None:
-        check_choice("norm", norm, NORMS)
+        check_choice("norm", norm, NormName)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
@@ -44,7 +44,10 @@ class TokenHead(keras.layers.Layer):
         """The layers on which `quantize` and `enable_lora` work."""
         return [] if self.tied else [self.projection]
 
-    def call(self, x: Tensor, embeddings: Tensor | None = None) -> Tensor:
+    def call(
+        self, x: Tensor, embeddings: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        # Keras attaches the mask to the logits, for the loss
         x = self.final_norm(x)
         if not self.tied:
             return widen(self._project(x))

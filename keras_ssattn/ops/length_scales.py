@@ -38,8 +38,11 @@ def log_length_scale(n: ArrayLike, s: ArrayLike = 1.0, b: ArrayLike = 0.0) -> Nu
     Reference: Nakanishi, "Scalable-Softmax Is Superior for Attention", arXiv 2501.19399,
     equation of SSMax (`s log n`) and its variant with a bias (`s log n + b`).
     """
-    s = _parameter("s", s)
-    b = _parameter("b", b)
+    return linear_in_log(n, _parameter("s", s), _parameter("b", b))
+
+
+def linear_in_log(n: ArrayLike, s: Number | Tensor, b: Number | Tensor = 0.0) -> Number | Tensor:
+    """`log_length_scale` of s and b that have been checked; layers call it."""
     n = _check_count(n)
     tensors = [x for x in (s, b, n) if not isinstance(x, numbers.Real)]
     dtype = "float64" if "float64" in map(dtype_of, tensors) else "float32"

@@ -11,11 +11,14 @@ from keras_ssattn._checks import (
     check_broadcastable,
     check_fits_int32,
     check_integer,
+    check_integers,
     check_last_position,
     check_mask,
 )
-from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, to_tensor, zero_if_equal
+from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, zero_if_equal
 from keras_ssattn._typing import ArrayLike, Size, Tensor
+
+WIDE = ("int64", "uint64", "uint32")
 
 
 @dataclasses.dataclass
@@ -70,27 +73,23 @@ class Sizes:
         if segment_ids is None:
             return None
         is_pair = isinstance(segment_ids, tuple)
-        pair = segment_ids if is_pair else (segment_ids, segment_ids)
-        if len(pair) != 2:
+        given = segment_ids if is_pair else (segment_ids,)
+        if is_pair and len(given) != 2:
             raise ValueError(
-                f"`segment_ids` must be [B, T] or a pair of tensors. Received: {len(pair)} of them"
+                f"`segment_ids` must be [B, T] or a pair of tensors. Received: {len(given)} of them"
             )
-        queries, keys = (to_tensor(x) for x in compress_ids(*pair))
-        for x, length in ((queries, self.queries), (keys, self.keys)):
-            if len(x.shape) != 2 or not self.match(ops.shape(x)[1], length):
+        ids = [_to_ids(x) for x in compress_ids(*given)]
+        lengths = ((self.queries,), (self.keys,)) if is_pair else ((self.queries, self.keys),)
+        for x, own in zip(ids, lengths, strict=True):
+            if len(x.shape) != 2 or not all(self.match(ops.shape(x)[1], size) for size in own):
                 raise ValueError(
-                    f"`segment_ids` must have shape [B, T], with T = S = {length}, or be a pair of "
+                    f"`segment_ids` must have shape [B, T], with T = S = {own[0]}, or be a pair of "
                     f"[B, T] and [B, S]. Received: shape {tuple(x.shape)}"
                 )
-            if "int" not in dtype_of(x):
-                raise TypeError(
-                    "`segment_ids` must be integers. Received: segment_ids with dtype "
-                    f"{dtype_of(x)}"
-                )
             check_broadcastable("segment_ids", tuple(x.shape[:1]), (self.batch,), "[B]")
-        wide = any(dtype_of(x) in ("int64", "uint64", "uint32") for x in (queries, keys))
-        dtype = "int64" if wide else "int32"
-        return cast(queries, dtype), cast(keys, dtype)
+        dtype = "int64" if any(dtype_of(x) in WIDE for x in ids) else "int32"
+        ids = [cast(x, dtype) for x in ids]
+        return ids[0], ids[-1]
 
     def check_offset(self, query_offset: int | ArrayLike) -> int | Tensor:
         if isinstance(query_offset, numbers.Integral):
@@ -109,20 +108,37 @@ class Sizes:
         return cast(query_offset, "int32")
 
 
-def compress_ids(queries: ArrayLike, keys: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+def compress_ids(*ids: ArrayLike) -> tuple[ArrayLike, ...]:
     """Numbers ids anew that int32 cannot hold, such as hashes, so that every backend can.
 
     Ids that are tensors of the backend already are left as they are.
     """
-    if any(hasattr(x, "dtype") and not isinstance(x, np.ndarray) for x in (queries, keys)):
-        return queries, keys
-    arrays = [np.asarray(x) for x in (queries, keys)]
+    if any(x is None or _is_tensor(x) for x in ids):
+        return ids
+    arrays = [np.asarray(x) for x in ids]
     if any(x.dtype.kind not in "iu" for x in arrays) or not any(map(_is_wide, arrays)):
-        return queries, keys
-    joined = np.concatenate([x.ravel() for x in arrays])
-    ids = np.unique(joined, return_inverse=True)[1].astype("int32")
-    ends = np.cumsum([x.size for x in arrays])
-    return ids[: ends[0]].reshape(arrays[0].shape), ids[ends[0] :].reshape(arrays[1].shape)
+        return ids
+    flat = [x.ravel() for x in arrays]
+    if len({x.dtype.kind for x in arrays}) > 1:  # NumPy would join them as rounded floats
+        flat = [x.astype(object) for x in flat]
+    numbers_anew = np.unique(np.concatenate(flat), return_inverse=True)[1].astype("int32")
+    parts = np.split(numbers_anew, np.cumsum([x.size for x in arrays])[:-1])
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True))
+
+
+def _to_ids(x: ArrayLike) -> Tensor:
+    """Ids as a tensor of integers, or raises if it is none, or cannot hold them."""
+    ids = check_integers("segment_ids", x)
+    if not _is_tensor(x) and dtype_of(ids) not in WIDE and _is_wide(np.asarray(x)):
+        raise ValueError(
+            "`segment_ids` must fit in 32 bits on this backend, unless both of a pair are arrays. "
+            f"Received: ids from {np.min(x)} to {np.max(x)}"
+        )
+    return ids
+
+
+def _is_tensor(x: ArrayLike) -> bool:
+    return hasattr(x, "dtype") and not isinstance(x, (np.ndarray, np.generic))
 
 
 def _is_wide(x: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ from keras import ops
 from keras_ssattn._checks import check_integer, check_number
 from keras_ssattn._typing import Config, Shape, Tensor
 from keras_ssattn.layers.length_scales.base import LengthScale
-from keras_ssattn.ops import log_length_scale
+from keras_ssattn.ops.length_scales import linear_in_log
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -77,11 +77,12 @@ class LogLengthScale(LengthScale):
             return length / math.lgamma(length + 1)  # the mean of log n is log(L!) / L
         return self.init_s
 
-    def _add_parameter(self, name: str, value: float) -> keras.Variable:
+    def _add_parameter(self, name: str, value: float, trainable: bool = True) -> keras.Variable:
         return self.add_weight(
             name=name,
             shape=() if self.num_heads is None else (self.num_heads,),
             initializer=keras.initializers.Constant(value),
+            trainable=trainable,
             autocast=False,
         )
 
@@ -96,7 +97,7 @@ class LogLengthScale(LengthScale):
         if self.num_heads is not None:
             s = ops.expand_dims(s, -1)  # [H, 1]
             b = ops.expand_dims(b, -1) if self.use_bias else b
-        return log_length_scale(n, s, b)
+        return linear_in_log(n, s, b)
 
     def compute_output_shape(self, n_shape: Shape) -> Shape:
         if self.num_heads is None:

@@ -7,7 +7,7 @@ import keras
 from keras_ssattn._checks import check_choice
 from keras_ssattn._typing import ArrayLike, Implementation, Option, Tensor
 from keras_ssattn.ops._attention.arguments import prepare
-from keras_ssattn.ops._attention.choice import CHOICES, attend, attend_weights
+from keras_ssattn.ops._attention.choice import attend, attend_weights
 from keras_ssattn.ops._attention.symbolic import Attention
 from keras_ssattn.ops.kernels import Kernel
 
@@ -90,7 +90,7 @@ def attention(
 
     References: arXiv 2501.19399 (SSMax), arXiv 2504.20966 (rectified softpick).
     """
-    check_choice("implementation", implementation, CHOICES)
+    check_choice("implementation", implementation, Implementation)
     parts = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     tensors = query, key, value, mask, key_mask, query_offset, length_scale, sink, *parts
     if any(isinstance(x, keras.KerasTensor) for x in tensors):

@@ -18,9 +18,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "dense": dense.attention,
     "tiled": tiled.attention,
     "fused": fused.attention,
+    "flash": functools.partial(fused.attention, flash=True),  # layers ask for it
 }
-CHOICES = ("auto", *IMPLEMENTATIONS)
-IMPLEMENTATIONS["flash"] = functools.partial(fused.attention, flash=True)  # layers ask for it
 # T * S beyond which tiles are faster than all weights, measured on two CPU cores; and the most
 # entries of a mask for the fused kernel, 16 MiB in float32.
 DENSE_UP_TO, MASKED_UP_TO = 2**19, 2**22

@@ -48,8 +48,8 @@ def attention(
     dtype = dtype_of(value)
     is_number = isinstance(factor, (int, float))
     has_sink = isinstance(kernel, SinkSoftmax)
-    if dtype_of(query) == "float16" and not is_number:
-        # s log n times the query may pass the largest float16
+    if dtype_of(query) == "float16" and (has_sink or not is_number):
+        # s log n times the query, or a sink, may pass the largest float16
         query, key, value = widen(query), widen(key), widen(value)
     group_size = query.shape[2] // key.shape[2]
     if group_size > 1:  # one key head, or an old Keras, is not repeated inside
@@ -96,16 +96,19 @@ def _masked(
 def _with_sink(
     query: Tensor, key: Tensor, value: Tensor, sink: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One key more, in front, whose logit is the sink by one feature more, and one query for it.
+    """One key more, in front, whose logit is the sink by two features more, and one query for it.
 
-    The query, which is dropped, keeps the diagonal of a causal mask in its place.
+    Of the two, one has the sink in the dtype of the query, and the other what that rounds off. The
+    query, which is dropped, keeps the diagonal of a causal mask in its place.
     """
-    batch, length, num_heads, _ = ops.shape(query)
-    sinks = ops.broadcast_to(ops.reshape(sink, (1, 1, -1, 1)), (batch, length, num_heads, 1))
-    query = ops.concatenate([query, cast(sinks, dtype_of(query))], axis=-1)
-    key = ops.pad(key, ((0, 0), (1, 0), (0, 0), (0, 1)))  # [B, S + 1, H, D + 1]
+    batch, length, num_heads, size = ops.shape(query)
+    rounded = cast(cast(sink, dtype_of(query)), dtype_of(sink))
+    sinks = cast(ops.stack([rounded, sink - rounded], axis=-1), dtype_of(query))
+    sinks = ops.broadcast_to(sinks, (batch, length, num_heads, 2))
+    query = ops.concatenate([query, sinks], axis=-1)
+    key = ops.pad(key, ((0, 0), (1, 0), (0, 0), (0, 2)))  # [B, S + 1, H, D + 2]
     first = ops.equal(ops.arange(ops.shape(key)[1]), 0)[:, None, None]
-    last = ops.equal(ops.arange(key.shape[-1]), key.shape[-1] - 1)
+    last = ops.arange(key.shape[-1]) >= size
     key = ops.where(ops.logical_and(first, last), ops.ones_like(key), key)
     query = ops.pad(query, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return query, key, ops.pad(value, ((0, 0), (1, 0), (0, 0), (0, 0)))
