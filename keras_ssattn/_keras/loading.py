@@ -9,10 +9,10 @@ from keras_ssattn._typing import Tensor
 
 
 class StrictLoading(keras.layers.Layer):
-    """A layer that, once a file has weights that are not its own, refuses that file for good.
+    """A layer that refuses a file for good once the file has weights that are not its own.
 
-    In a subclassed model Keras looks for a layer under more than one name, and forgets a refusal
-    where it then finds nothing and the layer expects nothing.
+    In a subclassed model Keras looks for a layer under more than one name. It forgets a refusal if
+    it finds nothing under the next name, and the layer expects no weights.
     """
 
     _refused: tuple[weakref.ref, str] | None = None  # the file, and the error
@@ -29,15 +29,15 @@ class StrictLoading(keras.layers.Layer):
             raise ValueError(message) from error
 
     def explain(self) -> str:
-        """What to say to whoever loads a file with other weights, beside what Keras says."""
+        """What an error about other weights says after Keras's own words."""
         return ""
 
 
 class NoWeights(StrictLoading, keras.layers.Identity):
     """Stands where an optional layer is left out, and does nothing.
 
-    Keras passes over the weights of a file that belong to no layer of the model. With this
-    layer in the place, which expects none, such a file is refused.
+    Keras ignores weights in a file that belong to no layer of the model. This layer takes the place
+    of the missing one and expects no weights, so a file that has some is refused.
     """
 
     def __call__(self, x: Tensor) -> Tensor:

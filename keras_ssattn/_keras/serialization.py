@@ -25,7 +25,10 @@ class Specification:
 
     @classmethod
     def of(cls, layer: Layer, **parts: "Specification") -> "Specification":
-        """That of a layer; its weights are not shared. `parts` are options as specifications."""
+        """The specification of a layer. Its weights are not shared.
+
+        `parts` are options that are specifications themselves.
+        """
         return cls(type(layer), {**copy.deepcopy(layer.get_config()), **parts})
 
     def make(self, **options: Option) -> Layer:

@@ -54,10 +54,10 @@ class CausalLM(PacksSegments, keras.Model):
 
     A token embedding, `num_layers` pre-norm `TransformerBlock`s with RMS normalization and a
     gated feed-forward network, a final normalization and a head. Train it with Keras's own
-    `compile` and `fit`, targets shifted by one. With `padding_id`, padding takes no part in
-    attention or in n, and as Keras does for any mask, the loss leaves out positions whose token
-    is padding. What follows the last token of a text is padding, too: a target that ends the
-    text, unless the loss has `ignore_class=padding_id`.
+    `compile` and `fit`, with targets shifted by one. With `padding_id`, padding takes no part in
+    attention or in n, and the loss leaves out positions whose token is padding, as Keras does for
+    any mask. The target after a text's last token is padding too; the loss counts it unless it has
+    `ignore_class=padding_id`.
 
     Args:
         vocabulary_size: V, number of tokens.
@@ -73,8 +73,8 @@ class CausalLM(PacksSegments, keras.Model):
         ffn_type, ffn_expansion, norm, use_bias, dropout: as in `TransformerBlock`.
         tie_embeddings: whether the head is the transposed token embedding.
         padding_id: the token that is padding, `None` for none.
-        remat: whether training computes each block's activations again in the backward pass,
-            by `keras.remat`, rather than keep them. Without dropout only: it would be redrawn.
+        remat: whether training computes each block's activations again in the backward pass, with
+            `keras.remat`, instead of keeping them. It excludes dropout, which would be redrawn.
         **kwargs: of `keras.Model`.
 
     Call arguments:

@@ -69,7 +69,7 @@ def generate(
     seed = check_integer("seed", seed, least=0, optional=True)
     sync_state(model)
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
-    if model.padding_id is not None:  # what padding itself attends to is nothing
+    if model.padding_id is not None:  # padding itself attends to nothing
         rows = [_without_padding(row, model.padding_id) for row in rows]
     if not isinstance(stop_tokens, Iterable):
         raise TypeError(f"`stop_tokens` must be token ids. Received: stop_tokens={stop_tokens!r}")

@@ -133,7 +133,7 @@ class Rotation:
         attention_factor: float = 1.0,
         dtype: DType = "float32",
     ) -> "Rotation":
-        """That of positions `[B|1, T]`, int32, for heads of D = `size` features."""
+        """The rotation at positions `[B|1, T]`, int32, of heads with D = `size` features."""
         angles = ops.expand_dims(_angles(positions, frequencies, dtype), -2)  # [B|1, T, 1, R/2]
         cos, sin = ops.cos(angles), ops.sin(angles)
         if attention_factor != 1.0:

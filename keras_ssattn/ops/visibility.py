@@ -29,8 +29,8 @@ ROWS = 64  # counted at a time where there are segments
 class Visibility:
     """Which of S keys each of T queries sees; made by `Visibility.of`, which checks it, once.
 
-    Layers take it as `visibility=` in place of masks. What several of them need of it, the count
-    and the mask, is computed once.
+    Layers take it as `visibility=` in place of masks. The count and the mask, which several layers
+    need, are computed once. In a function that is traced, make it inside of that function.
 
     Attributes:
         query_length: T, an integer or, where it is unknown until a graph runs, a tensor.
@@ -118,7 +118,7 @@ class Visibility:
         if not all(may_be_equal(size, other) for size, other in pairs):
             raise ValueError(
                 f"`visibility` must be of {query_length} queries and {key_length} keys. Received: "
-                f"one of {own[0]} and {own[1]}"
+                f"a `Visibility` of {own[0]} queries and {own[1]} keys"
             )
 
     def guarded(self, x: Tensor) -> Tensor:

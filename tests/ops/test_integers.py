@@ -18,9 +18,6 @@ END = 2**31  # the first position that int32 cannot hold
 WINDOWS = [sys.maxsize, 2**31 - 1, 2**31 - 2, 2**30]
 
 
-pytestmark = pytest.mark.backend("torch", reason="not measured elsewhere yet")
-
-
 def arrays(rng, length=LENGTH, keys=KEYS):
     shapes = ((BATCH, length, 2, 4), (BATCH, keys, 2, 4), (BATCH, keys, 2, 3))
     return [rng.normal(size=shape).astype("float32") for shape in shapes]
@@ -236,8 +233,42 @@ def test_such_ids_stay_apart_in_layers(kind, rng):
     found = to_numpy(layer(*inputs, segment_ids=WIDE))
     expected = to_numpy(layer(*inputs, segment_ids=NARROW))
     np.testing.assert_array_equal(found, expected)
+    if kind == "language model":
+        found = to_numpy(layer(*inputs, None, WIDE))  # by position
+        np.testing.assert_array_equal(found, expected)
     merged = to_numpy(layer(*inputs, segment_ids=(WIDE % 2**32).astype("int32")))
     assert np.abs(found - merged).max() > 1e-6
+
+
+def test_unsigned_and_signed_ids_are_compared_exactly():
+    """NumPy joins uint64 and int64 as float64, in which these ids are one."""
+    ids = np.array([[2**53, 2**53 + 1]])
+    found = to_numpy(ops.visible_keys(2, 2, segment_ids=(ids.astype("uint64"), ids)))
+    np.testing.assert_array_equal(found[0, 0], np.eye(2, dtype=bool))
+
+
+def test_wide_ids_beside_a_tensor_are_kept_or_refused():
+    """JAX has no 64 bits for them."""
+    pair = (WIDE, keras.ops.convert_to_tensor(NARROW.astype("int32")))
+    if keras.backend.backend() == "jax":
+        with pytest.raises(ValueError, match="`segment_ids` must fit in 32 bits"):
+            ops.visible_keys(5, 5, segment_ids=pair)
+    else:
+        found = to_numpy(ops.visible_keys(5, 5, segment_ids=pair))
+        np.testing.assert_array_equal(found, oracle.visible(5, 5, 2, segment_ids=(WIDE, NARROW)))
+
+
+@pytest.mark.parametrize("name", ["positions", "offset"])
+def test_positions_of_a_rotary_layer_beyond_int32_are_refused(name):
+    rotary, x = layers.RotaryEmbedding(), np.ones((1, 1, 1, 4), "float32")
+    with pytest.raises(ValueError, match=f"`{name}` must leave all positions below 2"):
+        rotary(x, **{name: np.array([2**31])})
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_numbers_beyond_all_floats_are_refused_like_infinity(value):
+    with pytest.raises(ValueError, match="`init_s` must be a finite number"):
+        layers.SSMax(init_s=value)
 
 
 # 64 bits on JAX

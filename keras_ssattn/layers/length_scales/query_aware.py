@@ -10,7 +10,7 @@ from keras_ssattn.layers.length_scales.base import LengthScale
 from keras_ssattn.ops import log_length_scale
 
 NO_QUERY = (
-    "the length scale `QueryAwareScale` needs the query, which a normalizer by itself has not. "
+    "the length scale `QueryAwareScale` needs the query, which a normalizer alone does not have. "
     "Use it in an attention layer. Received: query=None"
 )
 

@@ -110,7 +110,7 @@ class Normalizer(StrictLoading):
         if self.length_scale.uses_query:
             raise ValueError(
                 f"the length scale `{type(self.length_scale).__name__}` needs the query, which a "
-                "normalizer by itself has not. Use it in an attention layer."
+                "normalizer alone does not have. Use it in an attention layer."
             )
 
     def call(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ class TileSizes(NamedTuple):
 
     @classmethod
     def of(cls, visibility: Visibility, group_size: int) -> "TileSizes":
-        """Those of these lengths; G = `group_size` heads of queries fill a tile together."""
+        """The sizes for these lengths; G = `group_size` query heads fill a tile together."""
         most = max(QUERY_TILE // group_size, 1)
         return cls(
             _tile_size(visibility.query_length, most), _tile_size(visibility.key_length, KEY_TILE)
@@ -38,8 +38,8 @@ class Band:
         sizes: of the tiles.
         group_size: G, query heads that share a key head; they are rows of one tile.
         num_kv_heads: K.
-        kernel: a kernel to which a key of zeros is absent needs no mask for the last tile's
-            padding.
+        kernel: of the normalizer. One that ignores keys of zeros needs no mask for the padding
+            of the last tile.
     """
 
     def __init__(

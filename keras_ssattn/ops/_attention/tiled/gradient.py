@@ -26,8 +26,8 @@ def attention(
 ) -> Tensor:
     """`keras_ssattn.ops.attention` without a `T x S` tensor, forward or backward.
 
-    Of the forward pass only the output and two numbers per row are kept. The backward pass is
-    written by hand; to differentiate it again raises, except on JAX.
+    Only the output and two numbers per row of the forward pass are kept. The backward pass is
+    written by hand. Differentiating it again raises an error, except on JAX.
     """
     dtype, key_mask = dtype_of(value), visibility.key_mask
     if key_mask is not None and kernel.absent == 0:
