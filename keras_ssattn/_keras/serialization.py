@@ -94,6 +94,16 @@ def serialize_policy(layer: Layer) -> Config:
     return {"dtype": keras.dtype_policies.serialize(policies)}
 
 
+def own_config(layer: Layer, cls: type, **serialized: Option) -> Config:
+    """The options that the constructor of `cls` takes, from a layer's attributes of those names.
+
+    `serialized` has those that a config does not keep as they are.
+    """
+    _, *names, _ = inspect.signature(cls.__init__).parameters  # neither `self` nor `kwargs`
+    own = {x: serialized[x] if x in serialized else getattr(layer, x) for x in names}
+    return {**serialize_policy(layer), **own}
+
+
 LAYER_OPTIONS = (
     "activity_regularizer", "autocast", "batch_input_shape", "batch_shape", "batch_size", "dtype",
     "input_dtype", "input_shape", "name", "sparse", "trainable", "weights",

@@ -13,9 +13,9 @@ from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
 from keras_ssattn._keras.serialization import (
     check_options,
+    own_config,
     policy_for,
     serialize_options,
-    serialize_policy,
 )
 from keras_ssattn._tensors import cast, dtype_of, multiply_wide
 from keras_ssattn._typing import (
@@ -449,29 +449,18 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         return results[0] if len(results) == 1 else tuple(results)
 
     def get_config(self) -> Config:
-        config = {
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
-            "value_dim": self.value_dim,
-            "num_kv_heads": self.num_kv_heads,
-            "normalizer": serialize_options(self.normalizer),
-            "dropout": self.dropout,
-            "use_bias": self.use_bias,
-            "output_shape": self._output_shape,
-            "attention_axes": self.attention_axes,
-            "sliding_window": self.sliding_window,
-            "flash_attention": self.flash_attention,
-            "use_gate": self.use_gate,
-            "rotary": self.rotary and serialize_options(self.rotary),
-            "qk_norm": self.qk_norm,
-            "implementation": self.implementation,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "activity_regularizer": keras.regularizers.serialize(self.projection_regularizer),
-            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
-            "seed": self.seed,
-        }
-        return {**super().get_config(), **serialize_policy(self), **config}
+        own = own_config(
+            self,
+            MultiHeadAttention,
+            normalizer=serialize_options(self.normalizer),
+            output_shape=self._output_shape,
+            rotary=self.rotary and serialize_options(self.rotary),
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            bias_initializer=keras.initializers.serialize(self.bias_initializer),
+            kernel_regularizer=keras.regularizers.serialize(self.kernel_regularizer),
+            bias_regularizer=keras.regularizers.serialize(self.bias_regularizer),
+            activity_regularizer=keras.regularizers.serialize(self.projection_regularizer),
+            kernel_constraint=keras.constraints.serialize(self.kernel_constraint),
+            bias_constraint=keras.constraints.serialize(self.bias_constraint),
+        )
+        return {**super().get_config(), **own}

@@ -14,8 +14,8 @@ from keras_ssattn._keras.observing import observer
 from keras_ssattn._keras.serialization import (
     Specification,
     check_options,
+    own_config,
     policy_for,
-    serialize_policy,
 )
 from keras_ssattn._typing import (
     ArrayLike,
@@ -325,27 +325,15 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         return output, Cache(*(keras.KerasTensor(x.shape, dtype=x.dtype) for x in cache))
 
     def get_config(self) -> Config:
-        config = {
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
-            "num_kv_heads": self.num_kv_heads,
-            "normalizer": self._normalizer.serialize(),
-            "causal": self.causal,
-            "cross_attention": self.cross_attention,
-            "sliding_window": self.sliding_window,
-            "rotary": serialize_rotary(self._rotary, [self.attention.rotary] if self.built else []),
-            "qk_norm": self.qk_norm,
-            "use_gate": self.use_gate,
-            "implementation": self.implementation,
-            "ffn_type": self.ffn_type,
-            "ffn_expansion": self.ffn_expansion,
-            "activation": self.activation and keras.activations.serialize(self.activation),
-            "norm": self.norm,
-            "norm_position": self.norm_position,
-            "dropout": self.dropout,
-            "use_bias": self.use_bias,
-        }
-        return {**super().get_config(), **serialize_policy(self), **config}
+        rotary = serialize_rotary(self._rotary, [self.attention.rotary] if self.built else [])
+        own = own_config(
+            self,
+            TransformerBlock,
+            normalizer=self._normalizer.serialize(),
+            rotary=rotary,
+            activation=self.activation and keras.activations.serialize(self.activation),
+        )
+        return {**super().get_config(), **own}
 
 
 def check_expansion(value: float | None) -> float | None:

@@ -22,8 +22,8 @@ from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
     Specification,
     check_options,
+    own_config,
     policy_for,
-    serialize_policy,
 )
 from keras_ssattn._typing import (
     ArrayLike,
@@ -342,30 +342,14 @@ class CausalLM(PacksSegments, keras.Model):
             )
 
     def get_config(self) -> Config:
-        config = {
-            "vocabulary_size": self.vocabulary_size,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "normalizer": self._normalizer.serialize(),
-            "rotary": serialize_rotary(
-                self._rotary, [block.attention.rotary for block in self.blocks]
-            ),
-            "sliding_window": self.sliding_window,
-            "qk_norm": self.qk_norm,
-            "use_gate": self.use_gate,
-            "implementation": self.implementation,
-            "ffn_type": self.ffn_type,
-            "ffn_expansion": self.ffn_expansion,
-            "norm": self.norm,
-            "use_bias": self.use_bias,
-            "dropout": self.dropout,
-            "tie_embeddings": self.tie_embeddings,
-            "padding_id": self.padding_id,
-            "remat": self.remat,
-        }
-        return {**super().get_config(), **serialize_policy(self), **config}
+        rotaries = [block.attention.rotary for block in self.blocks]
+        own = own_config(
+            self,
+            CausalLM,
+            normalizer=self._normalizer.serialize(),
+            rotary=serialize_rotary(self._rotary, rotaries),
+        )
+        return {**super().get_config(), **own}
 
 
 def _check_padding(padding_id: int | None, vocabulary_size: int) -> int | None:
