@@ -94,12 +94,12 @@ def serialize_policy(layer: Layer) -> Config:
     return {"dtype": keras.dtype_policies.serialize(policies)}
 
 
-def own_config(layer: Layer, cls: type, **serialized: Option) -> Config:
+def own_config(layer: Layer, cls: type[keras.Layer], **serialized: Option) -> Config:
     """The options that the constructor of `cls` takes, from a layer's attributes of those names.
 
     `serialized` has those that a config does not keep as they are.
     """
-    _, *names, _ = inspect.signature(cls.__init__).parameters  # neither `self` nor `kwargs`
+    *names, _ = inspect.signature(cls).parameters  # without `kwargs`
     own = {x: serialized[x] if x in serialized else getattr(layer, x) for x in names}
     return {**serialize_policy(layer), **own}
 

@@ -1,8 +1,8 @@
 """Masks as Keras gives them to layers, checked and brought into the shapes of `ops`."""
 
-import functools
 import inspect
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
@@ -66,7 +66,7 @@ class PacksSegments:
     """
 
     def __call__(self, *args: Option, **kwargs: Option) -> Tensor:
-        if len(args) > 2 and len(args) > (place := _place_of_segments(type(self))):
+        if len(args) > 2 and len(args) > (place := _place_of_segments(self.call)):  # type: ignore[attr-defined]
             args = (*args[:place], *compress_ids(args[place]), *args[place + 1 :])
         if kwargs.get("segment_ids") is not None:
             (kwargs["segment_ids"],) = compress_ids(kwargs["segment_ids"])
@@ -76,10 +76,9 @@ class PacksSegments:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
-@functools.cache
-def _place_of_segments(cls: type) -> int:
-    """The position of `segment_ids` among the arguments of a class's call."""
-    return list(inspect.signature(cls.call).parameters).index("segment_ids") - 1  # less `self`
+def _place_of_segments(call: Callable) -> int:
+    """The position of `segment_ids` among the arguments of a layer's call."""
+    return list(inspect.signature(call).parameters).index("segment_ids")
 
 
 class CallMasks(NamedTuple):

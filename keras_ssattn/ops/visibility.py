@@ -159,8 +159,8 @@ class Visibility:
     def positions(self) -> Tensor:
         """Positions of the queries, int32 `[B|1, T]`."""
         if isinstance(self.query_offset, int) and is_known(self.query_length):
-            end = self.query_offset + self.query_length
-            return ops.expand_dims(ops.arange(self.query_offset, end, dtype="int32"), 0)
+            steps = ops.expand_dims(ops.arange(0, self.query_length, dtype="int32"), 0)
+            return steps + self.query_offset if self.query_offset else steps
         offset = ops.reshape(cast(to_tensor(self.query_offset), "int32"), (-1, 1))
         if is_known(self.query_length) and self.query_length == 1:
             return offset
