@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from support import oracle
-from support.cases import NAMES
+from support.cases import NAMES, implementations
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
@@ -51,17 +51,6 @@ def inputs(rng, heads=4, kv_heads=4, length=5, key_length=7, size=8, value_size=
             (batch, key_length, kv_heads, value_size),
         )
     ]
-
-
-def implementations(normalizer):
-    # Keras before 3.14 cannot give PyTorch's kernel the masks that it needs.
-    fused = keras.backend.backend() == "torch" and normalizer in (
-        "softmax",
-        "ssmax",
-        "sink_softmax",
-    )
-    fused = fused and tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
-    return ("dense", "tiled", "fused") if fused else ("dense", "tiled")
 
 
 @pytest.fixture(autouse=True)

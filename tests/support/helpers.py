@@ -96,3 +96,18 @@ def assert_survives(make, path, x, change=randomize):
     assert type(loaded) is type(model)
     assert [w.shape for w in loaded.weights] == [w.shape for w in model.weights]
     np.testing.assert_allclose(predict(loaded, x), predict(model, x), rtol=1e-6, atol=1e-6)
+
+
+def twins(theirs, ours, *shapes):
+    """Builds two layers for inputs of these shapes, with the same weights, off their initial ones.
+
+    They may differ in their normalizers, of which each keeps its own.
+    """
+    for layer in (theirs, ours):
+        layer.build(*shapes)
+    randomize(theirs)
+    parts = ("query_dense", "key_dense", "_gate_dense", "value_dense", "output_dense")
+    for name in parts:
+        if hasattr(theirs, name):
+            getattr(ours, name).set_weights(getattr(theirs, name).get_weights())
+    return theirs, ours
