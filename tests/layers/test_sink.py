@@ -1,11 +1,13 @@
 """`SinkSoftmax` in attention: with a length scale, a cache, recorded, and in files."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from support import oracle
 from support.cases import attention_model, randomize, sequence_model
-from support.helpers import relative_error, to_numpy
+from support.helpers import compiled, relative_error, to_numpy
 
 from keras_ssattn import analysis
 from keras_ssattn.layers import LogLengthScale, MultiHeadAttention, SinkSoftmax, TransformerBlock
@@ -45,12 +47,12 @@ def test_grouped_heads_and_a_length_scale_equal_the_oracle(x):
 
 def test_a_cache_gives_what_the_whole_pass_does(x):
     layer = attention(x)
-    expected = to_numpy(layer(x, x, use_causal_mask=True))
+    attend = functools.partial(layer, use_causal_mask=True)
+    expected = to_numpy(compiled(attend)(x, x))
     cache, found = layer.make_cache(2, 8), []
     for part in (slice(0, 4), slice(4, 6)):
-        y, cache = layer(
-            x[:, part], x[:, part], use_causal_mask=True, cache=cache, cache_index=part.start
-        )
+        step = compiled(functools.partial(attend, cache_index=part.start))
+        y, cache = step(x[:, part], x[:, part], cache=cache)
         found.append(to_numpy(y))
     assert relative_error(np.concatenate(found, 1), expected) < 2e-6
 

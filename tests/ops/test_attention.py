@@ -265,6 +265,19 @@ def test_huge_logits_under_a_mask(normalizer, dtype, rng):
         assert all(np.isfinite(g).all() for g in gradients(function, arrays, cotangent))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("normalizer", NAMES)
+def test_logits_of_1e30(normalizer, size, rng):
+    """Even if a compiler does not round a product before it subtracts the maximum."""
+    query = np.full((1, 5, 1, size), 1e15, "float32")
+    key = query[:, :1] * np.array([1, 0.9, -0.5], "float32")[None, :, None, None]
+    value = rng.normal(size=(1, 3, 1, 2)).astype("float32")
+    expected = oracle.attention(query, key, value, normalizer)
+    for implementation in implementations(normalizer):
+        found = ops.attention(query, key, value, normalizer, implementation=implementation)
+        assert relative_error(to_numpy(found), expected) < 2e-6
+
+
 def test_symbolic_inputs(rng):
     arrays = inputs(rng)
     symbols = [keras.Input(x.shape[1:]) for x in arrays]

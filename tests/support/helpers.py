@@ -50,6 +50,15 @@ def gradients(function, arrays, cotangent):
     return [np.asarray(to_numpy(g), "float64") for g in found]
 
 
+def compiled(function):
+    """One program on JAX, where an eager call compiles each operation by itself."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
 def relative_error(actual, expected):
     """Largest error relative to the largest expected magnitude."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
