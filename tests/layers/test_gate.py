@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from support.cases import HAS_GATE, attention_model, randomize, sequences, tokens
-from support.helpers import compiled, predict, relative_error, reload, to_numpy, twins
+from support.helpers import FORMATS, compiled, predict, relative_error, reload, to_numpy, twins
 from support.language import PROMPTS, assert_greedy, language_model
 
 from keras_ssattn.layers import MultiHeadAttention, RotaryEmbedding, TransformerBlock
@@ -77,7 +77,6 @@ def block_model(use_gate, cross_attention=False):
 
 MODELS = {
     "attention": (lambda gate: attention_model("ssmax", use_gate=gate), sequences(3)),
-    "block": (block_model, sequences(3)),
     "language": (lambda gate: language_model(num_layers=1, use_gate=gate), tokens()),
 }
 
@@ -87,18 +86,14 @@ def test_files_with_a_gate_load_where_there_is_one(name, tmp_path):
     make, x = MODELS[name]
     models = {gate: randomize(make(gate)) for gate in (True, False)}
     expected = predict(models[True], x)
-    for ending in (".keras", ".weights.h5"):
+    for ending in FORMATS:
         loaded = reload(models[True], tmp_path / f"model{ending}", lambda: make(True))
         np.testing.assert_allclose(predict(loaded, x), expected, rtol=1e-6, atol=1e-6)
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert [w.path.rpartition("/")[0].endswith("gate") for w in loaded.weights].count(True) >= 1
     models[False].save_weights(tmp_path / "plain.weights.h5")
-    before = models[False].get_weights()
     with pytest.raises(ValueError, match="(?s)name=gate.*expected 0 variables"):
         models[False].load_weights(tmp_path / "model.weights.h5")
     with pytest.raises(ValueError, match="variables, but received 0 variables"):
         models[True].load_weights(tmp_path / "plain.weights.h5")
-    models[False].set_weights(before)
 
 
 def test_a_block_gates_all_its_attention():

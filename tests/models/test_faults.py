@@ -6,7 +6,6 @@ import pytest
 from support.cases import (
     FEATURES,
     TIME,
-    attention_model,
     language_model,
     randomize,
     sequence_model,
@@ -38,12 +37,13 @@ def gated_attention():
 
 
 MODELS = {
-    "attention": (lambda: attention_model("ssmax_bias"), X),
     "gated": (gated_attention, X),
     "sequence": (lambda: sequence_model("softpick_scaled"), X),
     "language": (lambda: language_model(num_layers=1), tokens()),
     "untied": (lambda: language_model(num_layers=1, tie_embeddings=False), tokens()),
 }
+# JAX compiles each of them for seconds; what is saved does not depend on the backend.
+KINDS = ("gated", "untied") if keras.backend.backend() == "jax" else tuple(MODELS)
 MODES = [
     "int8",
     pytest.param("int4", marks=pytest.mark.skipif(not has_int4(), reason="this Keras has no int4")),
@@ -74,18 +74,18 @@ def quantized(kind, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_quantized_model_can_be_saved_again(kind, mode, tmp_path):
     model, x = quantized(kind, mode)
     expected = predict(model, x)
-    for i in range(3):
+    for i in range(2):
         model = saved_and_loaded(model, tmp_path / f"{i}.keras")
         assert {p.quantization_mode for p in projections(model)} == {mode}
         np.testing.assert_allclose(predict(model, x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", ["new", "loaded"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_clone_of_a_quantized_model_can_be_saved(kind, when, tmp_path):
     model, x = quantized(kind, "int8")
     expected = predict(model, x)
@@ -99,7 +99,7 @@ def test_a_clone_of_a_quantized_model_can_be_saved(kind, when, tmp_path):
     np.testing.assert_allclose(predict(loaded, x), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["attention", "sequence", "language"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_on_a_loaded_quantized_model_is_merged_in_the_file(kind, tmp_path):
     model, x = quantized(kind, "int8")
     before = predict(model, x)
@@ -122,7 +122,7 @@ def test_lora_on_a_loaded_quantized_model_is_merged_in_the_file(kind, tmp_path):
 
 
 def test_a_loaded_quantized_language_model_generates_the_same(tmp_path):
-    model, _ = quantized("language", "int8")
+    model, _ = quantized("untied", "int8")
     loaded = saved_and_loaded(model, tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.generate(PROMPTS, 4), model.generate(PROMPTS, 4))
 
@@ -131,9 +131,8 @@ def test_a_loaded_quantized_language_model_generates_the_same(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
-@pytest.mark.parametrize("output_mode", ["last_timestep", "all"])
-def test_a_legacy_file_of_a_model_of_windows(output_mode, tmp_path):
-    model = randomize(sequence_model("ssmax_bias", output_mode=output_mode))
+def test_a_legacy_file_of_a_model_of_windows(tmp_path):
+    model = randomize(sequence_model("ssmax_bias"))
     loaded = saved_and_loaded(model, tmp_path / "model.h5")
     assert type(loaded) is type(model)
     np.testing.assert_allclose(predict(loaded, X), predict(model, X), rtol=1e-6, atol=1e-6)

@@ -77,9 +77,8 @@ def test_a_large_window_of_a_layer_hides_nothing(rng):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("window", [sys.maxsize, 2**31, np.int64(2**31 - 1)])
-def test_a_large_window_of_a_language_model_hides_nothing(window):
-    model, plain = (models.CausalLM(9, 8, 1, 2, sliding_window=w) for w in (window, None))
+def test_a_large_window_of_a_language_model_hides_nothing():
+    model, plain = (models.CausalLM(9, 8, 1, 2, sliding_window=w) for w in (2**31, None))
     plain.set_weights(model.get_weights())
     prompts = [[1, 2, 3, 4], [5]]
     np.testing.assert_array_equal(model.generate(prompts, 3), plain.generate(prompts, 3))
