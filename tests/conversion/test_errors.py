@@ -1,6 +1,5 @@
 """What `convert_attention` cannot convert it names, all at once, and leaves nothing half done."""
 
-import inspect
 import re
 
 import keras
@@ -10,8 +9,6 @@ from support import custom_layers as custom
 
 from keras_ssattn.layers import MultiHeadAttention, SSMax
 from keras_ssattn.models import convert_attention
-
-HAS_GATE = "use_gate" in inspect.signature(keras.layers.MultiHeadAttention).parameters
 
 
 def model_of(*layers, shape=(5, 6), name="model"):

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from support import oracle
-from support.cases import NAMES
+from support.cases import NAMES, implementations
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
@@ -51,17 +51,6 @@ def inputs(rng, heads=4, kv_heads=4, length=5, key_length=7, size=8, value_size=
             (batch, key_length, kv_heads, value_size),
         )
     ]
-
-
-def implementations(normalizer):
-    # Keras before 3.14 cannot give PyTorch's kernel the masks that it needs.
-    fused = keras.backend.backend() == "torch" and normalizer in (
-        "softmax",
-        "ssmax",
-        "sink_softmax",
-    )
-    fused = fused and tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
-    return ("dense", "tiled", "fused") if fused else ("dense", "tiled")
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +263,19 @@ def test_huge_logits_under_a_mask(normalizer, dtype, rng):
         assert relative_error(to_numpy(function(*arrays)), expected) < tolerance
         cotangent = np.ones((2, 5, 1, 3), "float32")
         assert all(np.isfinite(g).all() for g in gradients(function, arrays, cotangent))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("normalizer", NAMES)
+def test_logits_of_1e30(normalizer, size, rng):
+    """Even if a compiler does not round a product before it subtracts the maximum."""
+    query = np.full((1, 5, 1, size), 1e15, "float32")
+    key = query[:, :1] * np.array([1, 0.9, -0.5], "float32")[None, :, None, None]
+    value = rng.normal(size=(1, 3, 1, 2)).astype("float32")
+    expected = oracle.attention(query, key, value, normalizer)
+    for implementation in implementations(normalizer):
+        found = ops.attention(query, key, value, normalizer, implementation=implementation)
+        assert relative_error(to_numpy(found), expected) < 2e-6
 
 
 def test_symbolic_inputs(rng):

@@ -15,7 +15,7 @@ from keras_ssattn import layers, models, ops
 
 BATCH, LENGTH, KEYS = 2, 6, 7
 END = 2**31  # the first position that int32 cannot hold
-WINDOWS = [sys.maxsize, 2**31 - 1, 2**31 - 2, 2**30]
+WINDOWS = [sys.maxsize, 2**31, 2**31 - 1, 2**31 - 2, 2**30]
 
 
 def arrays(rng, length=LENGTH, keys=KEYS):
@@ -75,6 +75,15 @@ def test_a_large_window_of_a_layer_hides_nothing(rng):
     plain.set_weights(layer.get_weights())
     found, expected = (to_numpy(one(x, x, use_causal_mask=True)) for one in (layer, plain))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_large_window_of_a_language_model_hides_nothing():
+    model, plain = (models.CausalLM(9, 8, 1, 2, sliding_window=w) for w in (2**31, None))
+    plain.set_weights(model.get_weights())
+    prompts = [[1, 2, 3, 4], [5]]
+    np.testing.assert_array_equal(model.generate(prompts, 3), plain.generate(prompts, 3))
+    text = np.array([[1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(to_numpy(model(text)), to_numpy(plain(text)))
 
 
 # Positions beyond int32

@@ -50,6 +50,15 @@ def gradients(function, arrays, cotangent):
     return [np.asarray(to_numpy(g), "float64") for g in found]
 
 
+def compiled(function):
+    """One program on JAX, where an eager call compiles each operation by itself."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
 def relative_error(actual, expected):
     """Largest error relative to the largest expected magnitude."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
@@ -96,3 +105,18 @@ def assert_survives(make, path, x, change=randomize):
     assert type(loaded) is type(model)
     assert [w.shape for w in loaded.weights] == [w.shape for w in model.weights]
     np.testing.assert_allclose(predict(loaded, x), predict(model, x), rtol=1e-6, atol=1e-6)
+
+
+def twins(theirs, ours, *shapes):
+    """Builds two layers for inputs of these shapes, with the same weights, off their initial ones.
+
+    They may differ in their normalizers, of which each keeps its own.
+    """
+    for layer in (theirs, ours):
+        layer.build(*shapes)
+    randomize(theirs)
+    parts = ("query_dense", "key_dense", "_gate_dense", "value_dense", "output_dense")
+    for name in parts:
+        if hasattr(theirs, name):
+            getattr(ours, name).set_weights(getattr(theirs, name).get_weights())
+    return theirs, ours
