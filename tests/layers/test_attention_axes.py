@@ -25,7 +25,7 @@ ONE = ("last of two", "first of two", "middle of three")
 
 
 # of which each costs JAX some seconds to compile
-FEW = ("last of two", "two of two", "ends of three")
+FEW = ("last of two", "ends of three")
 
 
 @pytest.fixture(params=FEW if keras.backend.backend() == "jax" else CASES)

@@ -18,9 +18,10 @@ IMPLEMENTATIONS = implementations("sink_softmax")
 
 CASES = {
     "all": {},
-    "causal": {"causal": True, "window": 3, "query_offset": 1},
     "some see no key": {
         "causal": True,
+        "window": 3,
+        "query_offset": 1,
         "key_mask": np.array([[0, 0, 1, 1, 0], [1, 1, 1, 0, 1]], bool),
     },
     "mask": {"mask": np.arange(40).reshape(2, 1, 4, 5) % 3 > 0},
