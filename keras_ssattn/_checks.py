@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 from keras import ops
@@ -12,6 +13,7 @@ from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor
 from keras_ssattn._typing import ArrayLike, Axis, DType, Shape, Tensor
 
 LARGEST_INT32 = 2**31 - 1
+T = TypeVar("T")
 
 
 def check_integer(name: str, value: object, least: int = 1, optional: bool = False) -> int:
@@ -41,6 +43,20 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(float(value)):
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
     return float(value)
+
+
+def for_each_layer(
+    name: str, value: object, count: int, check: Callable[[Any], T]
+) -> tuple[T, ...]:
+    """One for each of `count` layers: of a list each its own, of anything else all the same."""
+    if not isinstance(value, (list, tuple)):
+        return (check(value),) * count
+    if len(value) != count:
+        raise ValueError(
+            f"`{name}` must have one entry for each layer, if it is a list. Received: "
+            f"{len(value)} entries for {count} layers"
+        )
+    return tuple(check(x) for x in value)
 
 
 def check_rate(name: str, value: object) -> float:

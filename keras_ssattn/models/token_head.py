@@ -19,17 +19,27 @@ class TokenHead(keras.layers.Layer):
     under two names, and a file with the other kind of head would load.
     """
 
-    def __init__(self, vocabulary_size: int, norm: NormName, tied: bool, **kwargs: object) -> None:
+    def __init__(
+        self,
+        vocabulary_size: int,
+        norm: NormName,
+        tied: bool,
+        norm_epsilon: float | None = None,
+        **kwargs: object,
+    ) -> None:
         check_choice("norm", norm, NORMS)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
         self.norm = norm
+        self.norm_epsilon = norm_epsilon
         self.tied = tied
 
     def build(self, x_shape: Shape, embeddings_shape: Shape | None = None) -> None:
         policy = policy_for(self, "final_norm")
-        self.final_norm = make_norm(self.norm, x_shape, name="final_norm", dtype=policy)
+        self.final_norm = make_norm(
+            self.norm, x_shape, self.norm_epsilon, name="final_norm", dtype=policy
+        )
         policy = policy_for(self, "projection")
         if self.tied:
             self.projection = NoWeights(name="projection", dtype=policy)
@@ -60,5 +70,10 @@ class TokenHead(keras.layers.Layer):
         return (*x_shape[:-1], self.vocabulary_size)
 
     def get_config(self) -> Config:
-        config = {"vocabulary_size": self.vocabulary_size, "norm": self.norm, "tied": self.tied}
+        config = {
+            "vocabulary_size": self.vocabulary_size,
+            "norm": self.norm,
+            "tied": self.tied,
+            "norm_epsilon": self.norm_epsilon,
+        }
         return {**super().get_config(), **config}
