@@ -4,7 +4,6 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
 
 import numpy as np
 from keras import ops
@@ -13,7 +12,6 @@ from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor
 from keras_ssattn._typing import ArrayLike, Axis, DType, Shape, Tensor
 
 LARGEST_INT32 = 2**31 - 1
-T = TypeVar("T")
 
 
 def check_integer(name: str, value: object, least: int = 1, optional: bool = False) -> int:
@@ -45,20 +43,6 @@ def check_number(
     return float(value)
 
 
-def for_each_layer(
-    name: str, value: object, count: int, check: Callable[[Any], T]
-) -> tuple[T, ...]:
-    """One for each of `count` layers: of a list each its own, of anything else all the same."""
-    if not isinstance(value, (list, tuple)):
-        return (check(value),) * count
-    if len(value) != count:
-        raise ValueError(
-            f"`{name}` must have one entry for each layer, if it is a list. Received: "
-            f"{len(value)} entries for {count} layers"
-        )
-    return tuple(check(x) for x in value)
-
-
 def check_rate(name: str, value: object) -> float:
     return check_number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
@@ -77,6 +61,22 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.7)
     return f". Did you mean {by_lower[near[0]]!r}?" if isinstance(value, str) and near else ""
+
+
+def check_padding_id(padding_id: int | None, vocabulary_size: int) -> int | None:
+    """Returns `padding_id`, a token or `None`, or raises."""
+    if padding_id is None:
+        return None
+    if (
+        isinstance(padding_id, bool)
+        or not isinstance(padding_id, numbers.Integral)
+        or not 0 <= padding_id < vocabulary_size
+    ):
+        raise ValueError(
+            "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
+            f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
+        )
+    return int(padding_id)
 
 
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

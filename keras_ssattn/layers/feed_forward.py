@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_integer
 from keras_ssattn._keras.calling import call_inside
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
@@ -81,6 +82,7 @@ class FeedForward(keras.layers.Layer):
                 size,
                 activation=activation,
                 use_bias=self.use_bias,
+                kernel_initializer=unless_read("glorot_uniform"),
                 dtype=policy_for(self, name),
                 name=name,
             )

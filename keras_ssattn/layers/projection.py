@@ -5,6 +5,7 @@ from collections.abc import Collection
 import keras
 
 from keras_ssattn._checks import check_choice, check_integer
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._typing import Layer, Shape
 
@@ -28,7 +29,8 @@ def projection(
 
     def fresh(initializer: keras.Initializer) -> keras.Initializer:
         # one instance gives every kernel the same values
-        return type(initializer).from_config(initializer.get_config())
+        new = type(initializer).from_config(initializer.get_config())
+        return keras.initializers.get(unless_read(new))
 
     layer = keras.layers.EinsumDense(
         equation,

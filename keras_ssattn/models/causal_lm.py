@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import numbers
+import os
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import ClassVar
 
@@ -17,13 +17,13 @@ from keras_ssattn._checks import (
     check_integer,
     check_mask,
     check_number,
+    check_padding_id,
     check_rate,
-    for_each_layer,
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
+from keras_ssattn._keras.initializing import unless_read, weights_to_be_read
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
-    Specification,
     check_options,
     policy_for,
     serialize_policy,
@@ -41,12 +41,19 @@ from keras_ssattn._typing import (
     Shape,
     Tensor,
 )
-from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
+from keras_ssattn.checkpoints import Checkpoint, write_checkpoint
+from keras_ssattn.layers import TransformerBlock, normalizers
 from keras_ssattn.layers.feed_forward import get_activation
 from keras_ssattn.layers.masks import CallMasks, PacksSegments, see, see_cache
 from keras_ssattn.layers.norms import check_epsilon
+from keras_ssattn.layers.per_layer import (
+    check_window,
+    for_each_layer,
+    one_or_each,
+    serialize_rotaries,
+    specify_rotary,
+)
 from keras_ssattn.layers.projection import PROJECTIONS, check_biases
-from keras_ssattn.layers.rotary import serialize_rotary, specify
 from keras_ssattn.layers.transformer import check_expansion
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.presets import CONFIGURATIONS
@@ -87,6 +94,7 @@ class CausalLM(PacksSegments, keras.Model):
         padding_id: the token that is padding, `None` for none.
         remat: whether training computes each block's activations again in the backward pass,
             by `keras.remat`, rather than keep them. Without dropout only: it would be redrawn.
+        huggingface_config: fields of a config.json for `to_huggingface`, without effect here.
         **kwargs: of `keras.Model`.
 
     Call arguments:
@@ -140,6 +148,7 @@ class CausalLM(PacksSegments, keras.Model):
         padding_id: int | None = None,
         remat: bool = False,
         implementation: Implementation = "auto",
+        huggingface_config: Config | None = None,
         **kwargs: object,
     ) -> None:
         vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
@@ -151,7 +160,7 @@ class CausalLM(PacksSegments, keras.Model):
         if key_dim is None:
             check_divides("num_heads", num_heads, "hidden_size", hidden_size)
         check_options(self, kwargs, self.hints)
-        padding_id = _check_padding(padding_id, vocabulary_size)
+        padding_id = check_padding_id(padding_id, vocabulary_size)
         if remat and dropout > 0:
             raise ValueError(
                 "`remat` would draw dropout anew in the backward pass. Received: "
@@ -169,8 +178,8 @@ class CausalLM(PacksSegments, keras.Model):
         self._normalizers = for_each_layer(
             "normalizer", normalizer, num_layers, normalizers.get_for_attention
         )
-        self._rotaries = for_each_layer("rotary", rotary, num_layers, _specify_rotary)
-        self._windows = for_each_layer("sliding_window", sliding_window, num_layers, _check_window)
+        self._rotaries = for_each_layer("rotary", rotary, num_layers, specify_rotary)
+        self._windows = for_each_layer("sliding_window", sliding_window, num_layers, check_window)
         self.qk_norm = bool(qk_norm)
         self.use_gate = bool(use_gate)
         self.implementation = implementation
@@ -187,6 +196,7 @@ class CausalLM(PacksSegments, keras.Model):
         self.tie_embeddings = bool(tie_embeddings)
         self.padding_id = padding_id
         self.remat = bool(remat)
+        self.huggingface_config = huggingface_config
         self.generators = CompiledFunctions()
         self.build((None, None))
 
@@ -205,10 +215,53 @@ class CausalLM(PacksSegments, keras.Model):
         check_choice("name", name, CONFIGURATIONS)
         return cls(**{**CONFIGURATIONS[name], **options})
 
+    @classmethod
+    def from_huggingface(cls, folder: str | os.PathLike, **options: Option) -> "CausalLM":
+        """A released model from a local folder in Hugging Face's layout, with its weights.
+
+        The folder has a config.json, and safetensors in one file or several with an index.
+        Families: Llama 2 and 3, Mistral, Ministral, Ministral 3 (also inside of Mistral 3, and in
+        8-bit floats), Qwen 2 and 3, SmolLM 3, Phi 3 and Gemma 1. All of config.json and of the
+        files' headers is checked first; a field or a tensor that is not known is refused by its
+        name. The tokenizer is not part of it.
+
+        Args:
+            folder: the path of the folder.
+            **options: of the constructor, in place of those of the folder, such as
+                `normalizer=SSMax(init_s="auto", train_length=4096)` or `dtype="float32"`. The
+                dtype is otherwise that of the folder.
+
+        Raises:
+            ValueError: for a folder that is not understood as a whole, or options that add
+                weights other than those of a normalizer.
+        """
+        checkpoint = Checkpoint(folder)
+        with weights_to_be_read():
+            model = cls(**{**checkpoint.options, **options})
+        checkpoint.read_into(model, options)
+        model.huggingface_config = checkpoint.kept
+        return model
+
+    def to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: float = 5e9, **fields: Option
+    ) -> None:
+        """Writes the model to a folder that `transformers` reads, in the dtype of its weights.
+
+        Args:
+            folder: a path; it is made if there is none.
+            max_shard_size: the most bytes of weights in one file.
+            **fields: further fields of config.json, such as `eos_token_id=2`. Those that
+                `from_huggingface` has met and that have no effect are written as well.
+
+        Raises:
+            ValueError: for a model with what no family has, such as SSMax.
+        """
+        write_checkpoint(self, folder, self.huggingface_config, max_shard_size, **fields)
+
     @property
     def sliding_window(self) -> int | list[int | None] | None:
         """The window of all blocks, or a list of those of each."""
-        return _one_or_each(list(self._windows))
+        return one_or_each(self._windows)
 
     def build(self, tokens_shape: Shape) -> None:
         if hasattr(self, "blocks"):  # the constructor has built it
@@ -216,7 +269,11 @@ class CausalLM(PacksSegments, keras.Model):
         options = {"dtype": self.dtype_policy}
         name = "token_embedding"
         self.token_embedding = keras.layers.Embedding(
-            self.vocabulary_size, self.hidden_size, name=name, dtype=policy_for(self, name)
+            self.vocabulary_size,
+            self.hidden_size,
+            embeddings_initializer=unless_read("uniform"),
+            name=name,
+            dtype=policy_for(self, name),
         )
         self.token_embedding.build((None, None))
         self.blocks = []
@@ -386,8 +443,10 @@ class CausalLM(PacksSegments, keras.Model):
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "key_dim": self.key_dim,
-            "normalizer": _one_or_each([x.serialize() for x in self._normalizers]),
-            "rotary": self._serialize_rotary(),
+            "normalizer": one_or_each([x.serialize() for x in self._normalizers]),
+            "rotary": serialize_rotaries(
+                self._rotaries, [block.attention.rotary for block in self.blocks]
+            ),
             "sliding_window": self.sliding_window,
             "qk_norm": self.qk_norm,
             "use_gate": self.use_gate,
@@ -403,42 +462,6 @@ class CausalLM(PacksSegments, keras.Model):
             "tie_embeddings": self.tie_embeddings,
             "padding_id": self.padding_id,
             "remat": self.remat,
+            "huggingface_config": self.huggingface_config and {**self.huggingface_config},
         }
         return {**super().get_config(), **serialize_policy(self), **config}
-
-    def _serialize_rotary(self) -> Config | list[Config | None] | None:
-        first, layers = self._rotaries[0], [block.attention.rotary for block in self.blocks]
-        if all(rotary is first for rotary in self._rotaries):
-            return serialize_rotary(first, layers)
-        pairs = zip(self._rotaries, layers, strict=True)
-        return [serialize_rotary(rotary, [layer]) for rotary, layer in pairs]
-
-
-def _one_or_each(entries: list[Option]) -> Option:
-    """The entry of all layers, or where they differ a list of those of each."""
-    return entries[0] if all(entry == entries[0] for entry in entries) else entries
-
-
-def _check_window(window: int | None) -> int | None:
-    return check_integer("sliding_window", window, optional=True)
-
-
-def _specify_rotary(rotary: Identifier) -> Specification | None:
-    is_default = isinstance(rotary, str) and rotary == "default"
-    return specify(RotaryEmbedding() if is_default else rotary)
-
-
-def _check_padding(padding_id: int | None, vocabulary_size: int) -> int | None:
-    """Returns `padding_id`, a token or `None`, or raises."""
-    if padding_id is None:
-        return None
-    if (
-        isinstance(padding_id, bool)
-        or not isinstance(padding_id, numbers.Integral)
-        or not 0 <= padding_id < vocabulary_size
-    ):
-        raise ValueError(
-            "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
-            f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
-        )
-    return int(padding_id)

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_choice
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, matmul, widen
@@ -45,7 +46,11 @@ class TokenHead(keras.layers.Layer):
             self.projection = NoWeights(name="projection", dtype=policy)
         else:
             self.projection = keras.layers.Dense(
-                self.vocabulary_size, use_bias=False, name="projection", dtype=policy
+                self.vocabulary_size,
+                use_bias=False,
+                kernel_initializer=unless_read("glorot_uniform"),
+                name="projection",
+                dtype=policy,
             )
         self.projection.build(x_shape)
         freeze_sublayers(self)
