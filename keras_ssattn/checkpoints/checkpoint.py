@@ -50,10 +50,13 @@ class Checkpoint:
         self.has_vision = config.get("model_type") == "mistral3"
         config = _text_config(config, where) if self.has_vision else config
         self.family = family_of(config, where)
+        config = dict(config)
+        self.is_float8 = _read_quantization(config.pop("quantization_config", None))
         fields = Fields(config, where)
-        self.is_float8 = _read_quantization(fields)
-        self.architecture = self.family.read(fields.left, where)
         self.tensors = read_headers(folder)
+        if fields.integer("num_hidden_layers") > len(self.tensors):  # before anything is as long
+            fields.refuse("num_hidden_layers", config["num_hidden_layers"], "those of the files")
+        self.architecture = self.family.read(fields.config, where)
         self.prefixes = self._find_prefixes(folder)
         self.passed_over = self._check_names(folder)
         self.kept = {k: v for k, v in config.items() if k in WITHOUT_EFFECT}
@@ -150,7 +153,7 @@ class Checkpoint:
                 raise ValueError(
                     f"the options must leave {place.name!r} its place and size, "
                     f"{self.tensors[place.name].shape}. Received: a model with "
-                    f"{variable and tuple(variable.shape)} at {place.variable!r}"
+                    f"{'none' if variable is None else tuple(variable.shape)} at {place.variable!r}"
                 )
         progress = Progress(len(targets))
         for variable, place in targets:
@@ -203,9 +206,8 @@ def _text_config(config: Config, where: str) -> Config:
     return {**{k: v for k, v in config.items() if k in ("eos_token_id", "bos_token_id")}, **inner}
 
 
-def _read_quantization(fields: Fields) -> bool:
+def _read_quantization(found: Config | None) -> bool:
     """Whether kernels are 8-bit floats with one scale each; raises for other ways."""
-    found = fields.take("quantization_config")
     if found is None:
         return False
     inner = Fields(found if isinstance(found, dict) else {}, "`quantization_config`")
@@ -267,10 +269,11 @@ def write_checkpoint(
     variables = _variables(model)
     first = variables[EMBEDDING.variable]
     dtype = keras.utils.standardize_dtype(first.dtype)
-    config = {**kept, **config, "dtype": dtype, **fields}
+    config = {**kept, **config, "dtype": dtype}
     config.pop("torch_dtype", None)
-    if family.read(config) != family.read({**kept, **config}):
+    if family.read({**config, **fields}) != family.read(config):
         raise ValueError(f"`fields` must not change the model. Received: {fields}")
+    config |= fields
     places, shapes = layout(architecture_of(model), family.fused)
     parts: dict[str, list[Place]] = {}
     for place in places:

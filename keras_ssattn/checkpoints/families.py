@@ -37,7 +37,7 @@ class Family:
         windows: `"one"` for all layers, `"typed"` by `layer_types`, or `"switched"`: typed, and
             only with `use_sliding_window`.
         rope_types: the scalings that it has.
-        partial: whether a part of the features may be rotated.
+        rope_extras: what else its `rope_parameters` may have.
         fused: whether q, k and v, and gate and up, are one tensor each.
         must_equal: fields that would change the model with other values.
         without_effect: further fields that change nothing.
@@ -51,7 +51,7 @@ class Family:
     windows: str = "one"
     qk_norm: bool = False
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    partial: bool = False
+    rope_extras: tuple[str, ...] = ()
     fused: bool = False
     must_equal: Config = dataclasses.field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()
@@ -75,7 +75,7 @@ class Family:
             fields.left["head_dim"] = self.defaults["head_dim"]
         key_dim = fields.integer("head_dim", hidden // heads)
         rotary, temperature = read_positions(
-            fields, key_dim, self.default("rope_theta", 1e4), self.rope_types, self.partial
+            fields, key_dim, self.default("rope_theta", 1e4), self.rope_types, self.rope_extras
         )
         has_positions = self._read_positioned(fields, layers)
         read = Architecture(
@@ -232,11 +232,12 @@ FAMILIES = {
         Family(
             "ministral3", "Ministral3ForCausalLM",
             {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
+            rope_extras=("llama_4_scaling_beta",),
             must_equal={"attention_bias": False, "mlp_bias": False},
         ),
         Family(
             "phi3", "Phi3ForCausalLM", {"rms_norm_eps": 1e-5},
-            rope_types=("default",), partial=True, fused=True,
+            rope_types=("default",), rope_extras=("partial_rotary_factor",), fused=True,
             must_equal={"attention_bias": False, "mlp_bias": False},
             without_effect=frozenset({"original_max_position_embeddings"}),
         ),

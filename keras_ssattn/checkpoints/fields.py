@@ -57,9 +57,11 @@ class Fields:
         self.config = config
         self.left = dict(config)
         self.where = where
+        self.asked: set[str] = set()
 
     def take(self, name: str, default: Option = None) -> Option:
         """The value of a field, which may be `None`; `default` if there is none."""
+        self.asked.add(name)
         if name not in self.left and default is REQUIRED:
             raise ValueError(f"{self.where} must have the field {name!r}. It has not.")
         return self.left.pop(name, default)
@@ -122,8 +124,5 @@ class Fields:
                 raise ValueError(
                     f"{self.where} has the field {name!r}, which this package does not know, and "
                     f"which may change the model. Received: {name}={value!r}"
-                    f"{did_you_mean(name, self.known(without_effect))}"
+                    f"{did_you_mean(name, sorted(self.asked | without_effect))}"
                 )
-
-    def known(self, without_effect: frozenset[str]) -> list[str]:
-        return sorted({*self.config, *without_effect} - self.left.keys())

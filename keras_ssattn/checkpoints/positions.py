@@ -30,7 +30,7 @@ ENTRIES = {
 
 
 def read_positions(
-    fields: Fields, key_dim: int, theta: float, types: tuple[str, ...], partial: bool
+    fields: Fields, key_dim: int, theta: float, types: tuple[str, ...], extras: tuple[str, ...]
 ) -> tuple[Rotary, Temperature | None]:
     """Rotary positions and temperature of `rope_parameters`, or of older fields.
 
@@ -39,8 +39,35 @@ def read_positions(
         key_dim: size of a head.
         theta: the base where the file has none.
         types: the scalings that the family has.
-        partial: whether the family rotates a part of the features.
+        extras: what else it reads, `"partial_rotary_factor"` or `"llama_4_scaling_beta"`.
     """
+    rope = _find_parameters(fields)
+    kinds = {rope.take("rope_type"), rope.take("type")} - {None} or {"default"}
+    if len(kinds) > 1 or not kinds <= set(types):
+        rope.refuse("rope_type", sorted(map(str, kinds)), f"one of {types}")
+    kind = kinds.pop()
+    theta, share = rope.number("rope_theta", theta), rope.number("partial_rotary_factor", 1.0)
+    if share > 1 or (share != 1 and "partial_rotary_factor" not in extras):
+        rope.refuse("partial_rotary_factor", share, "1")
+    pairs = -(-int(key_dim * share) // 2)
+    if not 0 < 2 * pairs <= key_dim:
+        fields.refuse("head_dim", key_dim, "a size of which pairs of features can be rotated")
+    length = rope.left.get(LENGTH)
+    scaling = _read_scaling(rope, kind, fields.config.get("max_position_embeddings"))
+    temperature, beta = None, None
+    if "llama_4_scaling_beta" in extras:
+        beta = rope.take("llama_4_scaling_beta")
+        rope.take(LENGTH)
+    if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float))):
+        rope.refuse("llama_4_scaling_beta", beta, "a number or null")
+    if beta:
+        temperature = Temperature(float(beta), Fields({LENGTH: length}, rope.where).integer(LENGTH))
+    rope.finish(frozenset({"max_position_embeddings"}))
+    return Rotary(theta, 2 * pairs / key_dim, sorted_pairs(scaling)), temperature
+
+
+def _find_parameters(fields: Fields) -> Fields:
+    """The parameters, of which older files have some outside."""
     new, old = fields.take("rope_parameters"), fields.take("rope_scaling")
     if new and old and new != old:
         fields.refuse("rope_scaling", old, "null, beside `rope_parameters`")
@@ -48,30 +75,12 @@ def read_positions(
     if not isinstance(found, dict):
         fields.refuse("rope_parameters", found, "an object or null")
     rope = Fields(found, f"`rope_parameters` of {fields.where}")
-    outer = {name: fields.take(name) for name in ("rope_theta", "partial_rotary_factor")}
-    for name, value in outer.items():
+    for name in ("rope_theta", "partial_rotary_factor"):
+        value = fields.take(name)
         inner = rope.left.setdefault(name, value)
         if value is not None and inner != value:
             fields.refuse(name, value, f"{inner!r}, as in `rope_parameters`")
-    kinds = {rope.take("rope_type"), rope.take("type")} - {None} or {"default"}
-    if len(kinds) > 1 or not kinds <= set(types):
-        rope.refuse("rope_type", sorted(map(str, kinds)), f"one of {types}")
-    kind = kinds.pop()
-    theta, share = rope.number("rope_theta", theta), rope.number("partial_rotary_factor", 1.0)
-    if share > 1 or (share != 1 and not partial):
-        rope.refuse("partial_rotary_factor", share, "1")
-    pairs = -(-int(key_dim * share) // 2)
-    length, beta = rope.left.get(LENGTH), rope.take("llama_4_scaling_beta")
-    scaling = _read_scaling(rope, kind, fields.config.get("max_position_embeddings"))
-    if beta is not None or kind == "default":  # which reads no length otherwise
-        rope.left.pop(LENGTH, None)
-    if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float))):
-        rope.refuse("llama_4_scaling_beta", beta, "a number or null")
-    temperature = None
-    if beta:
-        temperature = Temperature(float(beta), Fields({LENGTH: length}, rope.where).integer(LENGTH))
-    rope.finish(frozenset({"max_position_embeddings"}))
-    return Rotary(theta, 2 * pairs / key_dim, sorted_pairs(scaling)), temperature
+    return rope
 
 
 def _read_scaling(rope: Fields, kind: str, longest: int | None) -> Config:

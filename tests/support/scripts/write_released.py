@@ -24,12 +24,13 @@ def write(name, model):
     folder = DATA / name
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    write_logits(folder, model)
+    # anew: in half precision the model has rounded its frequencies, too
+    write_logits(folder, type(model).from_pretrained(folder, dtype=torch.float32))
 
 
 def write_logits(folder, model):
     """Logits of rows of which one is padded on the left, and tokens that follow the other."""
-    model = model.float()
+    model = model.eval()
     tokens = np.random.default_rng(5).integers(3, 47, (2, LENGTH))
     mask = np.ones((2, LENGTH), bool)
     mask[1, :PADDED] = False
@@ -60,8 +61,10 @@ def write_float8(name, source):
             stored[f"{key}_scale_inv"] = scale
             stored[key.replace("weight", "activation_scale")] = scale
     save(file, plain)
-    model = released.transformers.Mistral3ForConditionalGeneration.from_pretrained(folder)
-    write_logits(folder, model.eval())
+    model = released.transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    write_logits(folder, model)
     save(file, stored)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
