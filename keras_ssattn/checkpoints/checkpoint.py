@@ -10,6 +10,7 @@ import time
 import keras
 import ml_dtypes
 import numpy as np
+from keras import ops
 
 from keras_ssattn._typing import Config, Layer, Option
 from keras_ssattn.checkpoints.architecture import Architecture, architecture_of
@@ -242,6 +243,11 @@ def _assign(variable: keras.Variable, array: np.ndarray) -> None:
     if distribution is not None:
         layout = distribution.get_variable_layout(variable)
         array = keras.distribution.distribute_tensor(array, layout)
+    elif (
+        keras.backend.backend() == "torch" and variable.dtype == "bfloat16" and hasattr(ops, "view")
+    ):
+        # Keras would make float32 of it on the way
+        array = ops.view(ops.convert_to_tensor(array.view("int16")), "bfloat16")
     variable.assign(array)
 
 
@@ -299,7 +305,7 @@ def _joined(parts: list[tuple[keras.Variable, Place]], shape: tuple[int, ...]) -
     """The tensor of a file that these variables make up."""
     arrays = []
     for variable, place in parts:
-        array = keras.ops.convert_to_numpy(variable.value)
+        array = ops.convert_to_numpy(variable.value)
         rows = place.end - place.first
         if place.transposed:
             array = array.reshape((shape[1], rows)).T
