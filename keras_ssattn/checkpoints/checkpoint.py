@@ -6,13 +6,15 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 
 import keras
 import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_ssattn._typing import Config, Layer, Option
+from keras_ssattn._keras.initializing import weights_from
+from keras_ssattn._typing import Config, DType, Layer, Option, Shape, Tensor
 from keras_ssattn.checkpoints.architecture import Architecture, architecture_of
 from keras_ssattn.checkpoints.families import FAMILIES, Family, family_of
 from keras_ssattn.checkpoints.fields import WITHOUT_EFFECT, Fields
@@ -128,38 +130,64 @@ class Checkpoint:
             )
         return scale
 
-    def read_into(self, model: Layer, options: Config) -> None:
-        """Gives a model of these options the weights.
+    def load(self, make: Callable[..., Layer], options: Config) -> Layer:
+        """Makes a model that starts with the weights.
 
         Args:
-            model: a `CausalLM` made of `self.options`, or of others in their place.
-            options: those others.
+            make: `CausalLM`, or a subclass.
+            options: of it, in place of those of the folder.
 
         Raises:
-            ValueError: if the model has other variables. It then is as it was.
+            ValueError: if the model has other variables.
         """
-        tied = model.tie_embeddings
-        places = list(layout(self.architecture, self.family.fused, self.prefixes).places)
-        head = Place(HEAD.variable, self._name_of_head(options), 0, model.vocabulary_size, True)
+        places = self._places(options)
+        kernels = {place.variable.rpartition("/")[0]: place for place in places}
+        progress, read = Progress(len(places)), set()
+
+        def source(path: str, shape: Shape, dtype: DType) -> Tensor:
+            place = kernels.get(path.partition("/")[2])
+            if place is None or keras.distribution.distribution() is not None:
+                return None  # Keras would put all of it on one device
+            if math.prod(shape) != self._count(place):
+                return None
+            read.add(place.variable)
+            progress.step()
+            return _tensor(self._read(place), shape, dtype)
+
+        with weights_from(source):
+            model = make(**{**self.options, "huggingface_config": self.kept, **options})
+        for variable, place in self._match(model, places):
+            if place.variable not in read:
+                _assign(variable, self._read(place))
+                progress.step()
+        return model
+
+    def _places(self, options: Config) -> list[Place]:
+        """Where the variables of a model of these options lie."""
+        places, _ = layout(self.architecture, self.family.fused, self.prefixes)
         places = [place for place in places if place.variable != HEAD.variable]
+        name = self._name_of_head(options)
+        head = Place(HEAD.variable, name, 0, self.architecture.vocabulary_size, True)
+        tied = options.get("tie_embeddings", self.architecture.tied)
+        return places if tied else [*places, head]
+
+    def _match(self, model: Layer, places: list[Place]) -> list[tuple[keras.Variable, Place]]:
+        """The variables and their places, or raises unless they fit one another."""
         variables = _variables(model)
-        targets = [(variables.pop(p.variable, None), p) for p in places + [head] * (not tied)]
+        pairs = [(variables.pop(place.variable, None), place) for place in places]
         unread = [path for path in variables if "/normalizer/" not in path]
         if unread:
             raise ValueError(
                 f"the options must not add weights that the folder has not. Received: {unread[0]!r}"
             )
-        for variable, place in targets:
+        for variable, place in pairs:
             if variable is None or math.prod(variable.shape) != self._count(place):
                 raise ValueError(
                     f"the options must leave {place.name!r} its place and size, "
                     f"{self.tensors[place.name].shape}. Received: a model with "
                     f"{'none' if variable is None else tuple(variable.shape)} at {place.variable!r}"
                 )
-        progress = Progress(len(targets))
-        for variable, place in targets:
-            _assign(variable, self._read(place))
-            progress.step()
+        return pairs
 
     def _name_of_head(self, options: Config) -> str:
         """The tensor of a head of its own: where the file has none, the embedding's.
@@ -236,19 +264,23 @@ def _equal(first: Stored, second: Stored, rows: int = 4096) -> bool:
     )  # fmt: skip
 
 
+def _tensor(array: np.ndarray, shape: Shape, dtype: DType) -> Tensor:
+    """A tensor of a shape and dtype; PyTorch's bfloat16 without Keras's way through float32."""
+    array = array.reshape(shape).astype(dtype, copy=False)
+    if dtype == "bfloat16" and keras.backend.backend() == "torch" and hasattr(ops, "view"):
+        return ops.view(ops.convert_to_tensor(array.view("int16")), dtype)
+    return ops.convert_to_tensor(array)
+
+
 def _assign(variable: keras.Variable, array: np.ndarray) -> None:
     """Assigns numbers of any dtype and shape; each device gets only its part of them."""
-    array = array.reshape(variable.shape).astype(variable.dtype, copy=False)
     distribution = keras.distribution.distribution()
-    if distribution is not None:
-        layout = distribution.get_variable_layout(variable)
-        array = keras.distribution.distribute_tensor(array, layout)
-    elif (
-        keras.backend.backend() == "torch" and variable.dtype == "bfloat16" and hasattr(ops, "view")
-    ):
-        # Keras would make float32 of it on the way
-        array = ops.view(ops.convert_to_tensor(array.view("int16")), "bfloat16")
-    variable.assign(array)
+    if distribution is None:
+        variable.assign(_tensor(array, variable.shape, variable.dtype))
+        return
+    array = array.reshape(variable.shape).astype(variable.dtype, copy=False)
+    layout = distribution.get_variable_layout(variable)
+    variable.assign(keras.distribution.distribute_tensor(array, layout))
 
 
 class Progress:

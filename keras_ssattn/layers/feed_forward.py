@@ -82,7 +82,7 @@ class FeedForward(keras.layers.Layer):
                 size,
                 activation=activation,
                 use_bias=self.use_bias,
-                kernel_initializer=unless_read("glorot_uniform"),
+                kernel_initializer=unless_read("glorot_uniform", self, name),
                 dtype=policy_for(self, name),
                 name=name,
             )

@@ -30,7 +30,7 @@ def projection(
     def fresh(initializer: keras.Initializer) -> keras.Initializer:
         # one instance gives every kernel the same values
         new = type(initializer).from_config(initializer.get_config())
-        return keras.initializers.get(unless_read(new))
+        return keras.initializers.get(unless_read(new, attention, name))
 
     layer = keras.layers.EinsumDense(
         equation,

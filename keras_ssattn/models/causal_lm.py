@@ -21,7 +21,7 @@ from keras_ssattn._checks import (
     check_rate,
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
-from keras_ssattn._keras.initializing import unless_read, weights_to_be_read
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
     check_options,
@@ -235,12 +235,7 @@ class CausalLM(PacksSegments, keras.Model):
             ValueError: for a folder that is not understood as a whole, or options that add
                 weights other than those of a normalizer.
         """
-        checkpoint = Checkpoint(folder)
-        with weights_to_be_read():
-            model = cls(**{**checkpoint.options, **options})
-        checkpoint.read_into(model, options)
-        model.huggingface_config = checkpoint.kept
-        return model
+        return Checkpoint(folder).load(cls, options)
 
     def to_huggingface(
         self, folder: str | os.PathLike, max_shard_size: float = 5e9, **fields: Option
@@ -271,7 +266,7 @@ class CausalLM(PacksSegments, keras.Model):
         self.token_embedding = keras.layers.Embedding(
             self.vocabulary_size,
             self.hidden_size,
-            embeddings_initializer=unless_read("uniform"),
+            embeddings_initializer=unless_read("uniform", self, name),
             name=name,
             dtype=policy_for(self, name),
         )

@@ -48,7 +48,7 @@ class TokenHead(keras.layers.Layer):
             self.projection = keras.layers.Dense(
                 self.vocabulary_size,
                 use_bias=False,
-                kernel_initializer=unless_read("glorot_uniform"),
+                kernel_initializer=unless_read("glorot_uniform", self, "projection"),
                 name="projection",
                 dtype=policy,
             )

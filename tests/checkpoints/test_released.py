@@ -118,7 +118,7 @@ def test_another_normalizer_has_fresh_parameters_and_no_place_in_a_folder(tmp_pa
     model = load("llama3", normalizer=SSMax(init_s="auto", train_length=16), dtype="float32")
     scale = model.blocks[0].attention.normalizer
     np.testing.assert_allclose(to_numpy(scale.s), 16 / np.log(np.arange(1, 17)).sum(), rtol=1e-6)
-    assert type(model.blocks[0].attention.query_dense.kernel_initializer).__name__ == "Zeros"
+    assert type(model.blocks[0].attention.query_dense.kernel_initializer).__name__ == "FromSource"
     with pytest.raises(ValueError, match="no place for this normalizer.*SSMax with LogLengthScale"):
         model.to_huggingface(tmp_path)
 
