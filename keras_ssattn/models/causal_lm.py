@@ -406,7 +406,7 @@ class CausalLM(PacksSegments, keras.Model):
         Args:
             prompts: token ids: a list of lists of any lengths, or integers `[B, T]`.
             max_new_tokens: the most tokens to generate for each.
-            **options: `temperature`, `top_k`, `top_p`, `stop_tokens` and `seed`.
+            **options: of `generate`: `temperature`, `top_p`, `stop_tokens`, `seed` and others.
 
         Returns:
             A list of int32 arrays, one for each prompt.
