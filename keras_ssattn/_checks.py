@@ -69,6 +69,22 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     return f". Did you mean {by_lower[near[0]]!r}?" if isinstance(value, str) and near else ""
 
 
+def check_padding_id(padding_id: int | None, vocabulary_size: int) -> int | None:
+    """Returns `padding_id`, a token or `None`, or raises."""
+    if padding_id is None:
+        return None
+    if (
+        isinstance(padding_id, bool)
+        or not isinstance(padding_id, numbers.Integral)
+        or not 0 <= padding_id < vocabulary_size
+    ):
+        raise ValueError(
+            "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
+            f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
+        )
+    return int(padding_id)
+
+
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raises unless `value` is a multiple of `divisor`."""
     if value % divisor:

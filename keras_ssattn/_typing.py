@@ -20,7 +20,8 @@ Option: TypeAlias = Any  # a keyword handed on to a function that checks it
 
 Axis: TypeAlias = int | Sequence[int]
 Implementation: TypeAlias = Literal["auto", "dense", "tiled", "fused"]
-NormName: TypeAlias = Literal["layer_norm", "rms_norm"]
+NormName: TypeAlias = Literal["layer_norm", "rms_norm", "offset_rms_norm"]
 FeedForwardType: TypeAlias = Literal["standard", "gated"]
 NormPosition: TypeAlias = Literal["pre", "post"]
+PatternName: TypeAlias = Literal["swan", "smollm3", "ministral"]
 OutputMode: TypeAlias = Literal["last_timestep", "all", "mean_pool"]

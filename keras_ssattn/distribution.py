@@ -9,9 +9,10 @@ def layout_map(
     """The `LayoutMap` that shards this package's layers over the axis `model_axis` of a mesh.
 
     Attention is split by head (projections, and the normalizer's s and b), the feed-forward
-    network by its inner size, so that each block needs two sums over devices. All else is
-    replicated. `num_heads`, `num_kv_heads` and the inner size must be multiples of the number
-    of devices on that axis.
+    network by its inner size, so that each block needs two sums over devices, and the token
+    embedding and the head of `CausalLM` by vocabulary. All else is replicated. `num_heads`,
+    `num_kv_heads`, the inner size and the vocabulary must be multiples of the number of devices
+    on that axis.
 
     Args:
         device_mesh: a `keras.distribution.DeviceMesh`.
@@ -58,4 +59,6 @@ def layout_map(
     layouts[feed_forward + "(gate|up)/kernel"] = (None, model_axis)  # [E, F]
     layouts[feed_forward + "(gate|up)/bias"] = (model_axis,)  # [F]
     layouts[feed_forward + "down/kernel"] = (model_axis, None)  # [F, E]
+    layouts[".*token_embedding/embeddings"] = (model_axis, None)  # [V, E]
+    layouts[".*head/projection/kernel"] = (None, model_axis)  # [E, V]
     return layouts

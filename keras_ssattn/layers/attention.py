@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from typing import ClassVar, NamedTuple
 
 import keras
@@ -41,7 +42,8 @@ from keras_ssattn.layers.masks import (
     see,
     visible_in,
 )
-from keras_ssattn.layers.projection import check_output_shape, projection
+from keras_ssattn.layers.norms import check_epsilon, head_norm
+from keras_ssattn.layers.projection import check_biases, check_output_shape, projection
 from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
     Cache,
@@ -91,7 +93,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             specification: its options are copied, its weights are not shared. SSMax has one s per
             query head.
         dropout: rate of dropout on the attention weights.
-        use_bias: whether the projections have biases.
+        use_bias: whether the projections have biases; or the names of those that have, of
+            `"query"`, `"key"`, `"value"`, `"gate"` and `"attention_output"`.
         output_shape: an integer or tuple, the output's shape beyond batch and time. Defaults
             to the query's last dimension.
         attention_axes: axes of the inputs to attend over, an integer or several. Defaults to all
@@ -105,6 +108,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         rotary: a `RotaryEmbedding` layer for queries and keys, or its config; `None` for none.
         qk_norm: whether to apply RMS normalization to each query and key head, before the
             length scale (after it, it would undo it).
+        norm_epsilon: of these normalizations. Defaults to 1e-6.
         implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`, as in
             `keras_ssattn.ops.attention`. Take `"dense"` to differentiate twice, or to export where
             loops cannot be.
@@ -179,7 +183,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         normalizer: Identifier = "ssmax",
         *,
         dropout: float = 0.0,
-        use_bias: bool = True,
+        use_bias: bool | Collection[str] = True,
         output_shape: int | Shape | None = None,
         attention_axes: Axis | None = None,
         sliding_window: int | None = None,
@@ -187,6 +191,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         use_gate: bool = False,
         rotary: Identifier = None,
         qk_norm: bool = False,
+        norm_epsilon: float | None = None,
         implementation: Implementation = "auto",
         kernel_initializer: Identifier = "glorot_uniform",
         bias_initializer: Identifier = "zeros",
@@ -226,7 +231,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             num_heads=num_heads, name="normalizer", dtype=policy_for(self, "normalizer")
         )
         self.dropout = dropout
-        self.use_bias = use_bias
+        self.use_bias = check_biases(use_bias)
         self._output_shape = check_output_shape(output_shape)
         self.attention_axes = check_axes(attention_axes)
         self.sliding_window = sliding_window
@@ -234,6 +239,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         self.use_gate = bool(use_gate)
         self.rotary: Layer = rotary and rotary.make(dtype=policy_for(self, "rotary"))
         self.qk_norm = qk_norm
+        self.norm_epsilon = check_epsilon(norm_epsilon)
         self.implementation = implementation
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -268,8 +274,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         self.attention_dropout = keras.layers.Dropout(
             self.dropout, seed=self.seed, dtype=policy_for(self, name), name=name
         )
-        self.query_norm = self._head_norm("query_norm", num_heads)
-        self.key_norm = self._head_norm("key_norm", num_kv_heads)
+        self.query_norm = head_norm(self, "query_norm", num_heads)
+        self.key_norm = head_norm(self, "key_norm", num_kv_heads)
         if self.rotary is not None:
             self.rotary.build((None, None, num_heads, self.key_dim))
         freeze_sublayers(self)
@@ -280,14 +286,6 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             if getattr(self, name) is not None:
                 axes.require_one(name)
         return axes
-
-    def _head_norm(self, name: str, num_heads: int) -> Layer:
-        if not self.qk_norm:
-            return NoWeights(name=name, dtype=policy_for(self, name))
-        norm = keras.layers.RMSNormalization(dtype=policy_for(self, name), name=name)
-        norm.supports_masking = True
-        norm.build((None, None, num_heads, self.key_dim))
-        return norm
 
     def projections(self) -> list[Layer]:
         """The `EinsumDense` layers, on which `quantize` and `enable_lora` work."""

@@ -1,12 +1,27 @@
 """The feed-forward half of a transformer block."""
 
+from collections.abc import Callable
+
 import keras
+from keras import ops
 
 from keras_ssattn._checks import check_integer
 from keras_ssattn._keras.calling import call_inside
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by a tanh, `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`; arXiv 1606.08415."""
+    return ops.gelu(x, approximate=True)
+
+
+def get_activation(identifier: Identifier) -> Callable[[Tensor], Tensor]:
+    """The activation of a name of Keras, `"gelu_tanh"`, or a function."""
+    return gelu_tanh if identifier == "gelu_tanh" else keras.activations.get(identifier)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -16,7 +31,8 @@ class FeedForward(keras.layers.Layer):
     Args:
         inner_size: size between the two layers.
         gated: whether to multiply by an activated gate (SwiGLU with the default activation).
-        activation: defaults to exact GELU, or to SiLU if gated.
+        activation: a name of Keras, `"gelu_tanh"` (GELU by a tanh), or a function. Defaults to
+            exact GELU, or to SiLU if gated.
         use_bias: whether the dense layers have biases.
         **kwargs: of `keras.layers.Layer`.
 
@@ -55,7 +71,7 @@ class FeedForward(keras.layers.Layer):
         self.gated = gated
         if activation is None:
             activation = "silu" if gated else "gelu"
-        self.activation = keras.activations.get(activation)
+        self.activation = get_activation(activation)
         self.use_bias = use_bias
 
     def build(self, input_shape: Shape) -> None:
@@ -66,6 +82,7 @@ class FeedForward(keras.layers.Layer):
                 size,
                 activation=activation,
                 use_bias=self.use_bias,
+                kernel_initializer=unless_read("glorot_uniform", self, name),
                 dtype=policy_for(self, name),
                 name=name,
             )

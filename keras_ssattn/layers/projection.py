@@ -1,10 +1,15 @@
 """The projections of an attention layer."""
 
+from collections.abc import Collection
+
 import keras
 
-from keras_ssattn._checks import check_integer
+from keras_ssattn._checks import check_choice, check_integer
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._typing import Layer, Shape
+
+PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
 
 
 def projection(
@@ -24,13 +29,14 @@ def projection(
 
     def fresh(initializer: keras.Initializer) -> keras.Initializer:
         # one instance gives every kernel the same values
-        return type(initializer).from_config(initializer.get_config())
+        new = type(initializer).from_config(initializer.get_config())
+        return keras.initializers.get(unless_read(new, attention, name))
 
     layer = keras.layers.EinsumDense(
         equation,
         output_shape=(None, *output_shape),
         activation=activation,
-        bias_axes=equation.split("->")[1][2:] if attention.use_bias else None,
+        bias_axes=equation.split("->")[1][2:] if has_bias(attention.use_bias, name) else None,
         kernel_initializer=fresh(attention.kernel_initializer),
         bias_initializer=fresh(attention.bias_initializer),
         kernel_regularizer=attention.kernel_regularizer,
@@ -44,6 +50,23 @@ def projection(
     layer.supports_masking = True
     layer.build(input_shape)
     return layer
+
+
+def check_biases(
+    value: bool | Collection[str], names: Collection[str] = PROJECTIONS
+) -> bool | tuple[str, ...]:
+    """Returns `use_bias`, for all alike or the names of those with a bias, or raises."""
+    if not isinstance(value, Collection):
+        return bool(value)
+    value = (value,) if isinstance(value, str) else value
+    for name in value:
+        check_choice("use_bias", name, names)
+    return tuple(name for name in names if name in value)
+
+
+def has_bias(use_bias: bool | Collection[str], name: str) -> bool:
+    """Whether the part `name` of a layer has biases."""
+    return name in use_bias if isinstance(use_bias, Collection) else use_bias
 
 
 def check_output_shape(value: int | Shape | None) -> tuple[int, ...] | None:

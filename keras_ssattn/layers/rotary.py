@@ -30,8 +30,8 @@ class RotaryEmbedding(keras.layers.Layer):
             number of them, the first ones. The others are left as they are.
         scaling: for contexts longer than those trained on: `None`;
             `{"type": "linear", "factor": 4}`, which divides the frequencies; or
-            `{"type": "yarn", "factor": 4, "original_length": 4096}`. See
-            `keras_ssattn.ops.rotary_frequencies`.
+            `{"type": "yarn", "factor": 4, "original_length": 4096}`, or "llama3" with the same.
+            See `keras_ssattn.ops.rotary_frequencies`.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar
 
 import keras
@@ -31,9 +31,10 @@ from keras_ssattn._typing import (
 )
 from keras_ssattn.layers import normalizers
 from keras_ssattn.layers.attention import MultiHeadAttention
-from keras_ssattn.layers.feed_forward import FeedForward
+from keras_ssattn.layers.feed_forward import FeedForward, get_activation
 from keras_ssattn.layers.masks import PacksSegments
-from keras_ssattn.layers.norms import make_norm
+from keras_ssattn.layers.norms import check_epsilon, make_norm
+from keras_ssattn.layers.projection import PROJECTIONS, check_biases, has_bias
 from keras_ssattn.layers.rotary import serialize_rotary, specify
 from keras_ssattn.ops import Cache, Visibility
 from keras_ssattn.ops.rotary import Rotation
@@ -60,11 +61,14 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         ffn_type: `"standard"` or `"gated"`.
         ffn_expansion: size of the feed-forward network's inner layer as a multiple of the
             inputs'. Defaults to 4; gated, to 8/3 rounded up to a multiple of 8.
-        activation: of the feed-forward network. Defaults to GELU; gated, to SiLU.
-        norm: `"layer_norm"` or `"rms_norm"`.
+        activation: of the feed-forward network, as in `FeedForward`. Defaults to GELU; gated, to
+            SiLU.
+        norm: `"layer_norm"`, `"rms_norm"` or `"offset_rms_norm"`, whose weights are added to 1.
+        norm_epsilon: of all normalizations. Defaults to 1e-5, and for queries and keys to 1e-6.
         norm_position: `"pre"` or `"post"`.
         dropout: rate of dropout on the output of each part.
-        use_bias: whether attention's and the feed-forward network's layers have biases.
+        use_bias: whether attention's and the feed-forward network's layers have biases; or the
+            names of those that have, as in `MultiHeadAttention`, and `"feed_forward"`.
         **kwargs: of `keras.layers.Layer`.
 
     Call arguments:
@@ -118,9 +122,10 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         ffn_expansion: float | None = None,
         activation: Identifier = None,
         norm: NormName = "layer_norm",
+        norm_epsilon: float | None = None,
         norm_position: NormPosition = "pre",
         dropout: float = 0.0,
-        use_bias: bool = True,
+        use_bias: bool | Collection[str] = True,
         implementation: Implementation = "auto",
         **kwargs: object,
     ) -> None:
@@ -150,11 +155,12 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = ffn_expansion
-        self.activation = None if activation is None else keras.activations.get(activation)
+        self.activation = None if activation is None else get_activation(activation)
         self.norm = norm
+        self.norm_epsilon = check_epsilon(norm_epsilon)
         self.norm_position = norm_position
         self.dropout = dropout
-        self.use_bias = use_bias
+        self.use_bias = check_biases(use_bias, (*PROJECTIONS, "feed_forward"))
 
     def build(self, inputs_shape: Shape, context_shape: Shape | None = None) -> None:
         size = inputs_shape[-1]
@@ -184,7 +190,7 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
             self._inner_size(size),
             gated=self.ffn_type == "gated",
             activation=self.activation,
-            use_bias=self.use_bias,
+            use_bias=has_bias(self.use_bias, "feed_forward"),
             dtype=self.dtype_policy,
             name="feed_forward",
         )
@@ -200,15 +206,19 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         sliding_window: int | None = None,
         rotary: Specification | None = None,
     ) -> MultiHeadAttention:
+        biases = self.use_bias
+        if not isinstance(biases, bool):
+            biases = tuple(name for name in biases if name in PROJECTIONS)
         return MultiHeadAttention(
             self.num_heads,
             self.key_dim or size // self.num_heads,
             num_kv_heads=self.num_kv_heads,
             normalizer=self._normalizer,
-            use_bias=self.use_bias,
+            use_bias=biases,
             sliding_window=sliding_window,
             rotary=rotary,
             qk_norm=self.qk_norm,
+            norm_epsilon=self.norm_epsilon,
             use_gate=self.use_gate,
             implementation=self.implementation,
             dtype=self.dtype_policy,
@@ -216,7 +226,8 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         )
 
     def _norm(self, name: str, shape: Shape) -> Layer:
-        return make_norm(self.norm, shape, dtype=policy_for(self, name), name=name)
+        policy = policy_for(self, name)
+        return make_norm(self.norm, shape, self.norm_epsilon, dtype=policy, name=name)
 
     def _dropout(self, name: str) -> Layer:
         return keras.layers.Dropout(self.dropout, dtype=policy_for(self, name), name=name)

@@ -3,6 +3,15 @@
 from keras_ssattn.conversion.convert import convert_attention
 from keras_ssattn.models.causal_lm import CausalLM
 from keras_ssattn.models.generation import generate
+from keras_ssattn.models.presets import layer_pattern
 from keras_ssattn.models.sequence import SequenceModel, build, output_size
 
-__all__ = ["CausalLM", "SequenceModel", "build", "convert_attention", "generate", "output_size"]
+__all__ = [
+    "CausalLM",
+    "SequenceModel",
+    "build",
+    "convert_attention",
+    "generate",
+    "layer_pattern",
+    "output_size",
+]

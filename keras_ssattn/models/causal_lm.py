@@ -1,8 +1,9 @@
 """A decoder-only language model."""
 
 import dataclasses
-import numbers
-from collections.abc import Mapping, MutableMapping
+import math
+import os
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import ClassVar
 
 import keras
@@ -15,16 +16,19 @@ from keras_ssattn._checks import (
     check_heads,
     check_integer,
     check_mask,
+    check_number,
+    check_padding_id,
     check_rate,
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
-    Specification,
     check_options,
     own_config,
     policy_for,
 )
+from keras_ssattn._tensors import dtype_of
 from keras_ssattn._typing import (
     ArrayLike,
     Config,
@@ -37,9 +41,19 @@ from keras_ssattn._typing import (
     Shape,
     Tensor,
 )
-from keras_ssattn.layers import RotaryEmbedding, TransformerBlock, normalizers
+from keras_ssattn.checkpoints import Checkpoint, write_checkpoint
+from keras_ssattn.layers import TransformerBlock, normalizers
+from keras_ssattn.layers.feed_forward import get_activation
 from keras_ssattn.layers.masks import CallMasks, PacksSegments, see, see_cache
-from keras_ssattn.layers.rotary import serialize_rotary, specify
+from keras_ssattn.layers.norms import check_epsilon
+from keras_ssattn.layers.per_layer import (
+    check_window,
+    for_each_layer,
+    one_or_each,
+    serialize_rotaries,
+    specify_rotary,
+)
+from keras_ssattn.layers.projection import PROJECTIONS, check_biases
 from keras_ssattn.layers.transformer import check_expansion
 from keras_ssattn.models.generation import generate
 from keras_ssattn.models.presets import CONFIGURATIONS
@@ -61,20 +75,26 @@ class CausalLM(PacksSegments, keras.Model):
 
     Args:
         vocabulary_size: V, number of tokens.
-        hidden_size: E, a multiple of `num_heads`.
+        hidden_size: E, a multiple of `num_heads` unless `key_dim` is given.
         num_layers: number of blocks.
         num_heads: number of query heads.
         num_kv_heads: as in `MultiHeadAttention`.
-        normalizer: as in `MultiHeadAttention`.
+        normalizer: as in `MultiHeadAttention`, or a list of one for each block.
+        key_dim: size of each head. Defaults to `hidden_size / num_heads`.
         rotary: `"default"`, a `RotaryEmbedding` layer (`RotaryEmbedding(fraction=0.5)` rotates
-            half of the features), its config, or `None` for no positions.
-        sliding_window, qk_norm: as in `MultiHeadAttention`.
-        use_gate, implementation: likewise.
-        ffn_type, ffn_expansion, norm, use_bias, dropout: as in `TransformerBlock`.
+            half of the features), its config, or `None` for no positions; or a list of one for
+            each block.
+        sliding_window: as in `MultiHeadAttention`, or a list of one for each block. For lists
+            that models in use have, see `keras_ssattn.models.layer_pattern`.
+        qk_norm, use_gate, implementation: as in `MultiHeadAttention`.
+        ffn_type, ffn_expansion, activation: as in `TransformerBlock`.
+        norm, norm_epsilon, use_bias, dropout: likewise.
+        embedding_scale: what the token embeddings are multiplied by, though not in the head.
         tie_embeddings: whether the head is the transposed token embedding.
         padding_id: the token that is padding, `None` for none.
         remat: whether training computes each block's activations again in the backward pass, with
             `keras.remat`, instead of keeping them. It excludes dropout, which would be redrawn.
+        huggingface_config: fields of a config.json for `to_huggingface`, without effect here.
         **kwargs: of `keras.Model`.
 
     Call arguments:
@@ -111,30 +131,36 @@ class CausalLM(PacksSegments, keras.Model):
         num_kv_heads: int | None = None,
         normalizer: Identifier = "ssmax",
         *,
+        key_dim: int | None = None,
         rotary: Identifier = "default",
-        sliding_window: int | None = None,
+        sliding_window: int | Sequence[int | None] | None = None,
         qk_norm: bool = False,
         use_gate: bool = False,
         ffn_type: FeedForwardType = "gated",
         ffn_expansion: float | None = None,
+        activation: Identifier = None,
         norm: NormName = "rms_norm",
-        use_bias: bool = False,
+        norm_epsilon: float | None = None,
+        use_bias: bool | Collection[str] = False,
         dropout: float = 0.0,
+        embedding_scale: float = 1.0,
         tie_embeddings: bool = True,
         padding_id: int | None = None,
         remat: bool = False,
         implementation: Implementation = "auto",
+        huggingface_config: Config | None = None,
         **kwargs: object,
     ) -> None:
         vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
         hidden_size = check_integer("hidden_size", hidden_size)
         num_layers = check_integer("num_layers", num_layers)
-        sliding_window = check_integer("sliding_window", sliding_window, optional=True)
+        key_dim = check_integer("key_dim", key_dim, optional=True)
         num_heads, num_kv_heads = check_heads(num_heads, num_kv_heads)
         check_rate("dropout", dropout)
-        check_divides("num_heads", num_heads, "hidden_size", hidden_size)
+        if key_dim is None:
+            check_divides("num_heads", num_heads, "hidden_size", hidden_size)
         check_options(self, kwargs, self.hints)
-        padding_id = _check_padding(padding_id, vocabulary_size)
+        padding_id = check_padding_id(padding_id, vocabulary_size)
         if remat and dropout > 0:
             raise ValueError(
                 "`remat` would draw dropout anew in the backward pass. Received: "
@@ -148,21 +174,29 @@ class CausalLM(PacksSegments, keras.Model):
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self._normalizer: Specification = normalizers.get_for_attention(normalizer)
-        is_default = isinstance(rotary, str) and rotary == "default"
-        self._rotary = specify(RotaryEmbedding() if is_default else rotary)
-        self.sliding_window = sliding_window
+        self.key_dim = key_dim
+        self._normalizers = for_each_layer(
+            "normalizer", normalizer, num_layers, normalizers.get_for_attention
+        )
+        self._rotaries = for_each_layer("rotary", rotary, num_layers, specify_rotary)
+        self._windows = for_each_layer("sliding_window", sliding_window, num_layers, check_window)
         self.qk_norm = bool(qk_norm)
         self.use_gate = bool(use_gate)
         self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = check_expansion(ffn_expansion)
+        self.activation = None if activation is None else get_activation(activation)
         self.norm = norm
-        self.use_bias = bool(use_bias)
+        self.norm_epsilon = check_epsilon(norm_epsilon)
+        self.use_bias = check_biases(use_bias, (*PROJECTIONS, "feed_forward"))
+        self.embedding_scale = check_number(
+            "embedding_scale", embedding_scale, "a positive number", lambda x: 0 < x < math.inf
+        )
         self.dropout = float(dropout)
         self.tie_embeddings = bool(tie_embeddings)
         self.padding_id = padding_id
         self.remat = bool(remat)
+        self.huggingface_config = huggingface_config
         self.generators = CompiledFunctions()
         self.build((None, None))
 
@@ -181,39 +215,94 @@ class CausalLM(PacksSegments, keras.Model):
         check_choice("name", name, CONFIGURATIONS)
         return cls(**{**CONFIGURATIONS[name], **options})
 
+    @classmethod
+    def from_huggingface(cls, folder: str | os.PathLike, **options: Option) -> "CausalLM":
+        """A released model from a local folder in Hugging Face's layout, with its weights.
+
+        The folder has a config.json, and safetensors in one file or several with an index.
+        Families: Llama 2 and 3, Mistral, Ministral, Ministral 3 (also inside of Mistral 3, and in
+        8-bit floats), Qwen 2 and 3, SmolLM 3, Phi 3 and Gemma 1. All of config.json and of the
+        files' headers is checked first; a field or a tensor that is not known is refused by its
+        name. The tokenizer is not part of it.
+
+        Args:
+            folder: the path of the folder.
+            **options: of the constructor, in place of those of the folder, such as
+                `normalizer=SSMax(init_s="auto", train_length=4096)` or `dtype="float32"`. The
+                dtype is otherwise that of the folder.
+
+        Raises:
+            ValueError: for a folder that is not understood as a whole, or options that add
+                weights other than those of a normalizer.
+        """
+        return Checkpoint(folder).load(cls, options)
+
+    def to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: float = 5e9, **fields: Option
+    ) -> None:
+        """Writes the model to a folder that `transformers` reads, in the dtype of its weights.
+
+        Args:
+            folder: a path; it is made if there is none.
+            max_shard_size: the most bytes of weights in one file.
+            **fields: further fields of config.json, such as `eos_token_id=2`. Those that
+                `from_huggingface` has met and that have no effect are written as well.
+
+        Raises:
+            ValueError: for a model with what no family has, such as SSMax.
+        """
+        write_checkpoint(self, folder, self.huggingface_config, max_shard_size, **fields)
+
+    @property
+    def sliding_window(self) -> int | list[int | None] | None:
+        """The window of all blocks, or a list of those of each."""
+        return one_or_each(self._windows)
+
     def build(self, tokens_shape: Shape) -> None:
         if hasattr(self, "blocks"):  # the constructor has built it
             return
         options = {"dtype": self.dtype_policy}
         name = "token_embedding"
         self.token_embedding = keras.layers.Embedding(
-            self.vocabulary_size, self.hidden_size, name=name, dtype=policy_for(self, name)
+            self.vocabulary_size,
+            self.hidden_size,
+            embeddings_initializer=unless_read("uniform", self, name),
+            name=name,
+            dtype=policy_for(self, name),
         )
         self.token_embedding.build((None, None))
         self.blocks = []
-        for i in range(1, self.num_layers + 1):
+        for i in range(self.num_layers):
             block = TransformerBlock(
                 self.num_heads,
+                self.key_dim,
                 num_kv_heads=self.num_kv_heads,
-                normalizer=self._normalizer,
+                normalizer=self._normalizers[i],
                 causal=True,
-                sliding_window=self.sliding_window,
-                rotary=self._rotary,
+                sliding_window=self._windows[i],
+                rotary=self._rotaries[i],
                 qk_norm=self.qk_norm,
                 use_gate=self.use_gate,
                 implementation=self.implementation,
                 ffn_type=self.ffn_type,
                 ffn_expansion=self.ffn_expansion,
+                activation=self.activation,
                 norm=self.norm,
+                norm_epsilon=self.norm_epsilon,
                 dropout=self.dropout,
                 use_bias=self.use_bias,
-                name=f"block_{i}",
+                name=f"block_{i + 1}",
                 **options,
             )
             block.build((None, None, self.hidden_size))
             self.blocks.append(block)
         self.head = TokenHead(
-            self.vocabulary_size, self.norm, self.tie_embeddings, name="head", **options
+            self.vocabulary_size,
+            self.norm,
+            self.tie_embeddings,
+            self.norm_epsilon,
+            name="head",
+            **options,
         )
         self.head.build((None, None, self.hidden_size))
         freeze_sublayers(self)
@@ -226,35 +315,38 @@ class CausalLM(PacksSegments, keras.Model):
         training: bool | None = None,
     ) -> Tensor:
         mask = self.compute_mask(tokens, mask)
-        x = self.token_embedding(tokens)
+        x = self._embed(tokens)
         seen, mask = see((x, x, x), CallMasks(mask, mask), True, segment_ids)
-        seen = seen.within(self.sliding_window)
-        for block, rotation in zip(self.blocks, self._rotations(seen), strict=True):
+        for block, shared in zip(self.blocks, self._shared(seen), strict=True):
 
-            def apply(x: Tensor, block: Layer = block, rotation: Layer = rotation) -> Tensor:
-                # what a rematerialized block computes must not be kept for the next
-                visibility = dataclasses.replace(seen) if self.remat else seen
-                return block(
-                    x, mask=mask, visibility=visibility, rotation=rotation, training=training
-                )
+            def apply(x: Tensor, block: Layer = block, shared: Config = shared) -> Tensor:
+                if self.remat:  # what a block computes must not be kept for the next
+                    visibility = dataclasses.replace(shared["visibility"])
+                    shared = {**shared, "visibility": visibility}
+                return block(x, mask=mask, training=training, **shared)
 
             x = keras.remat(apply)(x) if self.remat and training else apply(x)
         return self._logits(x, mask)
 
-    def _rotations(self, seen: Visibility) -> list[Rotation | None]:
-        """The rotation of each block; those of the same settings share one."""
-        made: dict[tuple, Rotation] = {}
-        rotations: list[Rotation | None] = []
-        for block in self.blocks:
-            rotary = block.attention.rotary
-            if rotary is None:
-                rotations.append(None)
-                continue
-            settings = (rotary.theta, str(rotary.scaling))
-            if settings not in made:
-                made[settings] = block.attention.rotation(seen, self.compute_dtype)
-            rotations.append(made[settings])
-        return rotations
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings `[B, T, E]`, scaled."""
+        x = self.token_embedding(tokens)
+        if self.embedding_scale == 1.0:
+            return x
+        return x * ops.convert_to_tensor(self.embedding_scale, dtype_of(x))
+
+    def _shared(self, seen: Visibility) -> list[Config]:
+        """Visibility and rotation for each block; those of the same settings share them."""
+        windows = {window: seen.within(window) for window in set(self._windows)}
+        rotations: dict[tuple | None, Rotation | None] = {None: None}
+        shared: list[Config] = []
+        for block, settings, window in zip(
+            self.blocks, self.rotary_state(), self._windows, strict=True
+        ):
+            if settings not in rotations:
+                rotations[settings] = block.attention.rotation(seen, self.compute_dtype)
+            shared.append({"visibility": windows[window], "rotation": rotations[settings]})
+        return shared
 
     def _logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.head(x, self._embeddings() if self.tie_embeddings else None, mask=mask)
@@ -293,21 +385,18 @@ class CausalLM(PacksSegments, keras.Model):
         if self.padding_id is not None:
             seen = ops.not_equal(tokens, self.padding_id)
             mask = seen if mask is None else ops.logical_and(mask, seen)
-        x = self.token_embedding(tokens)
-        visibility = see_cache(Cache(*cache[0]), cache_index, x, mask).within(self.sliding_window)
-        rotations = self._rotations(visibility)
+        x = self._embed(tokens)
+        seen = see_cache(Cache(*cache[0]), cache_index, x, mask)
         caches = []
-        for block, old, rotation in zip(self.blocks, cache, rotations, strict=True):
-            x, new = block(
-                x, mask=mask, cache=old, visibility=visibility, rotation=rotation, training=False
-            )
+        for block, old, shared in zip(self.blocks, cache, self._shared(seen), strict=True):
+            x, new = block(x, mask=mask, cache=old, training=False, **shared)
             caches.append(new)
         return self._logits(x[:, -1:])[:, 0], tuple(caches)
 
     def rotary_state(self) -> tuple:
-        """Rotary settings that a compiled function bakes in."""
+        """Rotary settings of each block, that a compiled function bakes in."""
         rotaries = [block.attention.rotary for block in self.blocks]
-        return tuple((x.theta, str(x.scaling)) for x in rotaries if x is not None)
+        return tuple(x and (x.theta, x.fraction, str(x.scaling)) for x in rotaries)
 
     def generate(
         self, prompts: ArrayLike, max_new_tokens: int, **options: Option
@@ -317,7 +406,7 @@ class CausalLM(PacksSegments, keras.Model):
         Args:
             prompts: token ids: a list of lists of any lengths, or integers `[B, T]`.
             max_new_tokens: the most tokens to generate for each.
-            **options: `temperature`, `top_k`, `top_p`, `stop_tokens` and `seed`.
+            **options: of `generate`: `temperature`, `top_p`, `stop_tokens`, `seed` and others.
 
         Returns:
             A list of int32 arrays, one for each prompt.
@@ -346,23 +435,9 @@ class CausalLM(PacksSegments, keras.Model):
         own = own_config(
             self,
             CausalLM,
-            normalizer=self._normalizer.serialize(),
-            rotary=serialize_rotary(self._rotary, rotaries),
+            normalizer=one_or_each([x.serialize() for x in self._normalizers]),
+            rotary=serialize_rotaries(self._rotaries, rotaries),
+            activation=self.activation and keras.activations.serialize(self.activation),
+            huggingface_config=self.huggingface_config and {**self.huggingface_config},
         )
         return {**super().get_config(), **own}
-
-
-def _check_padding(padding_id: int | None, vocabulary_size: int) -> int | None:
-    """Returns `padding_id`, a token or `None`, or raises."""
-    if padding_id is None:
-        return None
-    if (
-        isinstance(padding_id, bool)
-        or not isinstance(padding_id, numbers.Integral)
-        or not 0 <= padding_id < vocabulary_size
-    ):
-        raise ValueError(
-            "`padding_id` must be a token, from 0 to `vocabulary_size` - 1, or None. Received: "
-            f"padding_id={padding_id!r}, vocabulary_size={vocabulary_size}"
-        )
-    return int(padding_id)

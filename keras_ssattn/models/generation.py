@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
@@ -9,7 +10,7 @@ from keras import ops
 from keras_ssattn._checks import check_integer, check_number
 from keras_ssattn._keras.state import sync_state
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
-from keras_ssattn._typing import ArrayLike, Layer, Size, Tensor
+from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
 from keras_ssattn.ops.stacks import place
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
@@ -24,7 +25,11 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_return_sequences: int = 1,
     stop_tokens: Iterable[int] = (),
+    prefill_size: int | None = None,
     seed: int | None = None,
 ) -> list[np.ndarray]:
     """New tokens for each prompt, from a `CausalLM`.
@@ -42,13 +47,19 @@ def generate(
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the fewest likeliest tokens whose probabilities sum to `top_p` or more.
             With `top_k`, of those k, with probabilities among them.
+        min_p: draw from the tokens at least `min_p` times as probable as the likeliest only.
+        repetition_penalty: above 1, divides the logits of tokens that the prompt or the new
+            tokens have, where they are positive, and multiplies them where they are negative.
+        num_return_sequences: how many times to go on from each prompt.
         stop_tokens: tokens that end a row.
+        prefill_size: read the prompts so many tokens at a time, for prompts so long that a mask
+            of their length squared is too much; `None` for all at once.
         seed: integer, of the draws. The draws are NumPy's: on every backend the same. With `None`
             they follow from `keras.utils.set_random_seed`.
 
     Returns:
-        A list of int32 arrays, one for each prompt: its new tokens, up to and with the first
-        stop token.
+        A list of int32 arrays, one for each prompt, or `num_return_sequences` for each, one after
+        the other: the new tokens, up to and with the first stop token.
 
     Raises:
         TypeError: for prompts that are not integers.
@@ -62,10 +73,14 @@ def generate(
     >>> [x.shape for x in tokens]
     [(5,), (5,)]
 
-    References: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p).
+    References: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p);
+    arXiv 2407.01082 (min-p); Keskar et al., arXiv 1909.05858 (repetition penalty).
     """
     check_integer("max_new_tokens", max_new_tokens)
-    _check_sampling(temperature, top_k, top_p, model.vocabulary_size)
+    count = check_integer("num_return_sequences", num_return_sequences)
+    prefill_size = check_integer("prefill_size", prefill_size, optional=True)
+    draws_from = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    _check_sampling(temperature, draws_from, repetition_penalty, count, model.vocabulary_size)
     seed = check_integer("seed", seed, least=0, optional=True)
     sync_state(model)
     rows = _check_tokens("prompts", prompts, model.vocabulary_size)
@@ -76,65 +91,124 @@ def generate(
     stops = tuple(
         np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
     )
-    length = -(-max(len(row) for row in rows) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    rows = [row for row in rows for _ in range(count)]
+    tokens, mask = _pad_left(rows, prefill_size)
+    if seed is None:
+        seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
+    draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
+    choice = Choice(
+        temperature > 0, top_k, top_p is not None, min_p is not None,
+        repetition_penalty is not None, tuple(int(x) for x in stops), prefill_size,
+    )  # fmt: skip
+    decode = model.generators.get(
+        (choice, model.rotary_state()), lambda: _make_decoder(model, choice), model.variables
+    )
+    temperature = max(float(temperature), LOWEST_TEMPERATURE)
+    settings = (temperature, top_p or 1.0, min_p or 0.0, repetition_penalty or 1.0)
+    inputs = (tokens, mask, draws, np.array(settings, "float32"), _met(rows, choice, model))
+    new = ops.convert_to_numpy(decode(*(ops.convert_to_tensor(x) for x in inputs)))
+    return [_until(row, stops) for row in new]
+
+
+class Choice(NamedTuple):
+    """What decides how a token is chosen, but for numbers: a function is compiled for each."""
+
+    drawn: bool
+    top_k: int | None
+    nucleus: bool
+    has_least: bool  # `min_p`
+    penalized: bool
+    stops: tuple[int, ...]
+    prefill_size: int | None
+
+    def ends(self, token: Tensor) -> Tensor:
+        """Whether tokens `[B]` are stop tokens."""
+        found = ops.zeros_like(token, dtype="bool")
+        for stop in self.stops:
+            found = ops.logical_or(found, token == stop)
+        return found
+
+    def choose(self, logits: Tensor, draw: Tensor, settings: Tensor, met: Tensor) -> Tensor:
+        """The next tokens `[B]`, of logits `[B, V]`, draws `[B]` and tokens met `[B, V]`."""
+        if self.penalized:
+            penalty = cast(settings[3], dtype_of(logits))
+            lowered = ops.where(logits > 0, logits / penalty, logits * penalty)
+            logits = ops.where(met, lowered, logits)
+        if not self.drawn:
+            return ops.cast(ops.argmax(logits, axis=-1), "int32")
+        top_p = settings[1] if self.nucleus else None
+        min_p = settings[2] if self.has_least else None
+        return sample(logits, draw, settings[0], self.top_k, top_p, min_p)
+
+    def meet(self, met: Tensor, token: Tensor) -> Tensor:
+        """The tokens met, with these."""
+        if not self.penalized:
+            return met
+        return ops.logical_or(met, ops.expand_dims(token, 1) == ops.arange(met.shape[1]))
+
+
+def _pad_left(rows: list[np.ndarray], prefill_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, T]` and their mask; T is such that few lengths are compiled for."""
+    longest = max(len(row) for row in rows)
+    multiple = PROMPT_MULTIPLE
+    if prefill_size is not None and longest > prefill_size:
+        multiple = prefill_size
+    length = -(-longest // multiple) * multiple
     tokens = np.zeros((len(rows), length), "int32")
     mask = np.zeros((len(rows), length), "bool")
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :] = row
         mask[i, length - len(row) :] = True
-    if seed is None:
-        seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
-    draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
-    options = (temperature > 0, top_k, top_p is not None, tuple(int(x) for x in stops))
-    decode = model.generators.get(
-        (options, model.rotary_state()), lambda: _make_decoder(model, *options), model.variables
-    )
-    settings = np.array([max(float(temperature), LOWEST_TEMPERATURE), top_p or 1.0], "float32")
-    inputs = (ops.convert_to_tensor(x) for x in (tokens, mask, draws, settings))
-    new = ops.convert_to_numpy(decode(*inputs))
-    return [_until(row, stops) for row in new]
+    return tokens, mask
+
+
+def _met(rows: list[np.ndarray], choice: Choice, model: Layer) -> np.ndarray:
+    """Which tokens the prompts have, `[B, V]`; `[B, 1]` where nobody asks."""
+    met = np.zeros((len(rows), model.vocabulary_size if choice.penalized else 1), "bool")
+    if choice.penalized:
+        for i, row in enumerate(rows):
+            met[i, row] = True
+    return met
 
 
 def _make_decoder(
-    model: Layer, drawn: bool, top_k: int | None, nucleus: bool, stops: tuple[int, ...]
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    model: Layer, choice: Choice
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The function that gives N new tokens `[B, N]`.
 
-    Of tokens `[B, T]`, their mask, draws `[N, B]`, and a pair of temperature and `top_p`.
+    Of tokens `[B, T]`, their mask, draws `[N, B]`, temperature, `top_p`, `min_p` and penalty, and
+    the tokens met.
     """
 
-    def ends(token: Tensor) -> Tensor:
-        found = ops.zeros_like(token, dtype="bool")
-        for stop in stops:
-            found = ops.logical_or(found, token == stop)
-        return found
-
-    def decode(tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor) -> Tensor:
+    def decode(
+        tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor, met: Tensor
+    ) -> Tensor:
         batch, length = tokens.shape
         count = draws.shape[0]
-
-        def choose(logits: Tensor, i: Size) -> Tensor:
-            if not drawn:
-                return ops.cast(ops.argmax(logits, axis=-1), "int32")
-            return sample(logits, draws[i], settings[0], top_k, settings[1] if nucleus else None)
 
         def unfinished(i: Size, _token: Tensor, done: Tensor, *_: Tensor) -> Tensor:
             return ops.logical_and(i < count, ops.logical_not(ops.all(done)))
 
-        def step(i: Size, token: Tensor, done: Tensor, new: Tensor, cache: Tensor) -> tuple:
-            token = ops.expand_dims(token, 1)
-            logits, cache = model.next_logits(token, cache, length + i - 1)
-            token = choose(logits, i)
+        def step(
+            i: Size, token: Tensor, done: Tensor, met: Tensor, new: Tensor, cache: Tensor
+        ) -> tuple:
+            logits, cache = model.next_logits(ops.expand_dims(token, 1), cache, length + i - 1)
+            token = choice.choose(logits, draws[i], settings, met)
             new = ops.slice_update(new, place(0, i), ops.expand_dims(token, 1))
-            return i + 1, token, ops.logical_or(done, ends(token)), new, cache
+            done = ops.logical_or(done, choice.ends(token))
+            return i + 1, token, done, choice.meet(met, token), new, cache
 
         cache = model.make_cache(batch, length + count)
-        logits, cache = model.next_logits(tokens, cache, 0, mask)
-        token = choose(logits, 0)
+        size = length if choice.prefill_size is None else min(choice.prefill_size, length)
+        for i in range(0, length, size):
+            part = slice(i, i + size)
+            logits, cache = model.next_logits(tokens[:, part], cache, i, mask[:, part])
+        token = choice.choose(logits, draws[0], settings, met)
         new = ops.zeros((batch, count), "int32")
         new = ops.slice_update(new, (0, 0), ops.expand_dims(token, 1))
         start = ops.convert_to_tensor(1, "int32")
-        return ops.while_loop(unfinished, step, (start, token, ends(token), new, cache))[3]
+        state = (start, token, choice.ends(token), choice.meet(met, token), new, cache)
+        return ops.while_loop(unfinished, step, state)[4]
 
     return decode
 
@@ -145,6 +219,7 @@ def sample(
     temperature: Tensor,
     top_k: int | None = None,
     top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
     """Token ids `[B]`, int32, from logits `[B, V]` and draws `[B]` uniform in [0, 1)."""
     dtype = dtype_of(logits)
@@ -160,6 +235,10 @@ def sample(
     if top_p is not None:
         weights = ops.where(total - weights < top_p, weights, 0.0)
         total = ops.cumsum(weights, axis=-1)
+    if min_p is not None:
+        least = cast(to_tensor(min_p), dtype) * ops.max(weights, axis=-1, keepdims=True)
+        weights = ops.where(weights >= least, weights, 0.0)
+        total = ops.cumsum(weights, axis=-1)
     # the first whose sum passes the draw; none does where the draw rounds up to the whole
     passed = total <= ops.expand_dims(draw, -1) * total[:, -1:]
     index = cast(ops.sum(ops.cast(passed, "int32"), axis=-1), "int32")  # JAX may sum in int64
@@ -170,21 +249,27 @@ def sample(
 
 
 def _check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, vocabulary_size: int
+    temperature: float, options: Config, penalty: float | None, count: int, vocabulary_size: int
 ) -> None:
+    """Raises unless temperature, `top_k`, `top_p`, `min_p`, penalty and count fit."""
     check_number("temperature", temperature, "a number, 0 or more", lambda x: 0 <= x < math.inf)
-    check_integer("top_k", top_k, optional=True)
+    top_k = check_integer("top_k", options["top_k"], optional=True)
     if top_k is not None and top_k > vocabulary_size:
         raise ValueError(
             "`top_k` must not be more than the number of tokens. Received: "
             f"top_k={top_k}, vocabulary_size={vocabulary_size}"
         )
-    if top_p is not None:
-        check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
-    if temperature == 0 and (top_k is not None or top_p is not None):
+    for name in ("top_p", "min_p"):
+        if options[name] is not None:
+            check_number(name, options[name], "a number in (0, 1]", lambda x: 0 < x <= 1)
+    if penalty is not None:
+        check_number("repetition_penalty", penalty, "a positive number", lambda x: 0 < x < math.inf)
+    if temperature == 0 and (count > 1 or any(x is not None for x in options.values())):
         raise ValueError(
-            "`top_k` and `top_p` go with a `temperature` above 0. Received: temperature=0, "
-            f"top_k={top_k}, top_p={top_p}"
+            "`top_k` and `top_p` go with a `temperature` above 0, and so do `min_p` and several "
+            "sequences. Received: temperature=0, "
+            f"{', '.join(f'{name}={value}' for name, value in options.items())}, "
+            f"num_return_sequences={count}"
         )
 
 

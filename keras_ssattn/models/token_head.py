@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_choice
+from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, matmul, widen
@@ -19,23 +20,37 @@ class TokenHead(keras.layers.Layer):
     under two names, and a file with the other kind of head would load.
     """
 
-    def __init__(self, vocabulary_size: int, norm: NormName, tied: bool, **kwargs: object) -> None:
+    def __init__(
+        self,
+        vocabulary_size: int,
+        norm: NormName,
+        tied: bool,
+        norm_epsilon: float | None = None,
+        **kwargs: object,
+    ) -> None:
         check_choice("norm", norm, NormName)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
         self.norm = norm
+        self.norm_epsilon = norm_epsilon
         self.tied = tied
 
     def build(self, x_shape: Shape, embeddings_shape: Shape | None = None) -> None:
         policy = policy_for(self, "final_norm")
-        self.final_norm = make_norm(self.norm, x_shape, name="final_norm", dtype=policy)
+        self.final_norm = make_norm(
+            self.norm, x_shape, self.norm_epsilon, name="final_norm", dtype=policy
+        )
         policy = policy_for(self, "projection")
         if self.tied:
             self.projection = NoWeights(name="projection", dtype=policy)
         else:
             self.projection = keras.layers.Dense(
-                self.vocabulary_size, use_bias=False, name="projection", dtype=policy
+                self.vocabulary_size,
+                use_bias=False,
+                kernel_initializer=unless_read("glorot_uniform", self, "projection"),
+                name="projection",
+                dtype=policy,
             )
         self.projection.build(x_shape)
         freeze_sublayers(self)
@@ -63,5 +78,10 @@ class TokenHead(keras.layers.Layer):
         return (*x_shape[:-1], self.vocabulary_size)
 
     def get_config(self) -> Config:
-        config = {"vocabulary_size": self.vocabulary_size, "norm": self.norm, "tied": self.tied}
+        config = {
+            "vocabulary_size": self.vocabulary_size,
+            "norm": self.norm,
+            "tied": self.tied,
+            "norm_epsilon": self.norm_epsilon,
+        }
         return {**super().get_config(), **config}

@@ -14,7 +14,11 @@ from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
 # Keys that each type of scaling needs, and those it may have.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),
-    "yarn": ({"factor", "original_length"}, {"beta_fast", "beta_slow", "attention_factor"}),
+    "yarn": (
+        {"factor", "original_length"},
+        {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": ({"factor", "original_length"}, {"low_freq_factor", "high_freq_factor"}),
 }
 
 
@@ -30,13 +34,18 @@ def rotary_frequencies(
       than `beta_slow` (1) times within L positions, leaves those that turn more than `beta_fast`
       (32) times, and between them goes from one to the other linearly in i, the two ends rounded
       outwards to whole pairs, as in the code of YaRN's authors and the models that use it (in
-      their paper it is linear in the number of turns).
+      their paper it is linear in the number of turns). With `"truncate": False` the ends are not
+      rounded.
+    - `{"type": "llama3", "factor": f, "original_length": L}` divides by f the pairs that turn less
+      than `low_freq_factor` (1) times within L positions, leaves those that turn more than
+      `high_freq_factor` (4) times, and between them goes from one to the other linearly in the
+      number of turns.
 
     Args:
         size: number of features that are rotated, even.
         theta: the base, a number above 1.
-        scaling: `None` or one of the above. YaRN's `beta_fast`, `beta_slow` and
-            `attention_factor` (see `rotary_attention_factor`) are optional.
+        scaling: `None` or one of the above; what has a default is optional, and so are the
+            entries that `rotary_attention_factor` reads.
 
     Returns:
         A NumPy array `[size / 2]`. It is float64: at position 131071 a frequency rounded to
@@ -55,7 +64,7 @@ def rotary_frequencies(
     [0.25, 0.0025]
 
     References: arXiv 2104.09864 (rotary embedding), arXiv 2306.15595 (linear scaling), arXiv
-    2309.00071 (YaRN).
+    2309.00071 (YaRN), arXiv 2407.21783 and the published implementation of Llama 3.1 (llama3).
     """
     if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 2 or size % 2:
         raise ValueError(f"`size` must be an even positive integer. Received: size={size!r}")
@@ -68,6 +77,11 @@ def rotary_frequencies(
     slow = frequencies / scaling["factor"]
     if scaling["type"] == "linear":
         return slow
+    if scaling["type"] == "llama3":
+        low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+        turns = scaling["original_length"] * frequencies / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return kept * frequencies + (1 - kept) * slow
 
     def pair_that_turns(times: float) -> float:
         return (
@@ -76,9 +90,12 @@ def rotary_frequencies(
             / (2 * math.log(theta))
         )
 
-    first = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
-    last = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), size - 1)
-    share = np.clip((pairs - first) / max(last - first, 1e-3), 0.0, 1.0)
+    first = pair_that_turns(scaling.get("beta_fast", 32))
+    last = pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    share = np.clip((pairs - first) / (last - first or 1e-3), 0.0, 1.0)
     return share * slow + (1 - share) * frequencies
 
 
@@ -89,7 +106,8 @@ def rotary_attention_factor(scaling: Config | None) -> float:
         scaling: as in `rotary_frequencies`.
 
     Returns:
-        For YaRN its `"attention_factor"`, by default `0.1 ln(factor) + 1`; else 1.
+        For YaRN its `"attention_factor"`; by default `m(mscale) / m(mscale_all_dim)` if it has
+        both and neither is 0, else `m(1)`, where `m(s) = 0.1 s ln(factor) + 1`. Without YaRN, 1.
 
     Raises:
         ValueError: for an invalid scaling.
@@ -106,7 +124,14 @@ def rotary_attention_factor(scaling: Config | None) -> float:
     scaling = check_scaling(scaling)
     if scaling is None or scaling["type"] != "yarn":
         return 1.0
-    return float(scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0))
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+
+    def magnitude(slope: float) -> float:
+        return 0.1 * slope * math.log(scaling["factor"]) + 1.0
+
+    slopes = scaling.get("mscale", 0.0), scaling.get("mscale_all_dim", 0.0)
+    return magnitude(slopes[0]) / magnitude(slopes[1]) if all(slopes) else magnitude(1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,9 +295,26 @@ def check_scaling(scaling: Config | None) -> Config | None:
             f"scaling={scaling!r}"
         )
     for name in names:
-        least = 1.0 if name in ("factor", "original_length") else 0.0
-        _check_at_least(f"scaling[{name!r}]", scaling[name], least)
+        _check_entry(name, scaling[name])
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    if low >= high:
+        raise ValueError(
+            "`scaling` must have a 'high_freq_factor' above its 'low_freq_factor'. Received: "
+            f"scaling={scaling!r}"
+        )
     return dict(scaling)
+
+
+def _check_entry(name: str, value: object) -> None:
+    """Raises if this entry of a scaling does not fit."""
+    name = f"scaling[{name!r}]"
+    if "truncate" in name:
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    elif "mscale" in name:
+        check_number(name, value, "a number of 0 or more", lambda x: 0 <= x < math.inf)
+    else:
+        _check_at_least(name, value, 1.0 if "['factor']" in name or "length" in name else 0.0)
 
 
 def _check_at_least(name: str, value: object, least: float = 0.0) -> float:

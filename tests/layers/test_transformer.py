@@ -204,3 +204,50 @@ ERRORS = [
 def test_errors(call, match, x):
     with pytest.raises(ValueError, match=match):
         call(x)
+
+
+# Options of published models
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offset_rms_norm(x, dtype):
+    block = TransformerBlock(3, norm="offset_rms_norm", norm_epsilon=0.3, dtype=dtype)
+    block.build(x.shape)
+    norm = block.attention_norm
+    scale = np.linspace(-0.5, 0.5, 12).astype("float32")
+    norm.scale.assign(scale)
+    x = to_numpy(keras.ops.cast(x, dtype)).astype("float64")
+    scale = to_numpy(norm.scale).astype("float64")
+    expected = (1 + scale) * x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.3)
+    tolerance = 1e-6 if dtype == "float32" else 2.0**-8
+    assert relative_error(to_numpy(norm(x)), expected) < tolerance
+
+
+def test_gelu_by_a_tanh(x):
+    layer = FeedForward(20, gated=True, activation="gelu_tanh")
+    layer.build(x.shape)
+    gate = dense(layer.gate, x)
+    gate = gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+    expected = dense(layer.down, gate * dense(layer.up, x))
+    assert relative_error(to_numpy(layer(x)), expected) < 1e-5
+    assert FeedForward.from_config(layer.get_config()).activation is layer.activation
+
+
+@pytest.mark.parametrize("names", [("query", "key", "value"), "gate", ["feed_forward"], ()])
+def test_biases_by_name(names, x):
+    block = TransformerBlock(3, use_bias=names, use_gate=True, ffn_type="gated")
+    block.build(x.shape)
+    names = (names,) if isinstance(names, str) else names
+    found = {w.path.split("/")[-2:][0] for w in block.weights if w.name == "bias"}
+    feed_forward = {"gate", "up", "down"} if "feed_forward" in names else set()
+    assert found == {*names} - {"feed_forward"} | feed_forward
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.25])
+def test_epsilon_of_every_norm(epsilon, x):
+    block = TransformerBlock(3, norm="rms_norm", qk_norm=True, norm_epsilon=epsilon)
+    block.build(x.shape)
+    inner = block.attention
+    norms = (block.attention_norm, block.feed_forward_norm, inner.query_norm, inner.key_norm)
+    expected = [1e-5, 1e-5, 1e-6, 1e-6] if epsilon is None else [0.25] * 4
+    assert [norm.epsilon for norm in norms] == expected

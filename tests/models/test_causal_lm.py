@@ -8,7 +8,7 @@ from support.helpers import FORMATS, changed, predict, reload, to_numpy, values
 from support.language import PROMPTS, assert_greedy, language_model, make
 
 from keras_ssattn.layers import Softpick
-from keras_ssattn.models import CausalLM
+from keras_ssattn.models import CausalLM, layer_pattern
 from keras_ssattn.models.presets import CONFIGURATIONS
 
 
@@ -27,6 +27,13 @@ from keras_ssattn.models.presets import CONFIGURATIONS
         ({"ffn_expansion": "4"}, "`ffn_expansion` must be a positive number or None.*'4'"),
         ({"ffn_expansion": True}, "`ffn_expansion` must be a positive number or None.*True"),
         ({"remat": True, "dropout": 0.1}, "`remat` would draw dropout anew"),
+        ({"key_dim": 0}, "`key_dim` must be a positive integer or None.*key_dim=0"),
+        ({"norm_epsilon": 0}, "`norm_epsilon` must be a positive number or None.*norm_epsilon=0"),
+        ({"embedding_scale": 0}, "`embedding_scale` must be a positive number.*embedding_scale=0"),
+        ({"use_bias": ["q"]}, "`use_bias` must be one of.*'query'.*use_bias='q'"),
+        ({"sliding_window": [3, 4]}, "`sliding_window` must have one entry for each.*2 entries"),
+        ({"rotary": []}, "`rotary` must have one entry for each layer.*0 entries for 1 layers"),
+        ({"normalizer": ["softmax"] * 2}, "`normalizer` must have one entry for each layer"),
     ],
 )
 def test_errors_of_the_model(options, message):
@@ -165,11 +172,75 @@ def test_frozen_model_has_no_trainable_weights():
     assert any(w.name == "s" for w in model.trainable_weights)
 
 
+NEW = ["wide_heads", "some_biases", "gemma", "gates", "llama3", "swan", "smollm3", "ministral",
+       "three_scales"]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NEW)
+def test_decoding_with_a_cache_gives_the_logits_of_the_full_pass(options):
+    model, text = make(options), tokens(2, 9)
+    expected, cache = predict(model, text), model.make_cache(2, 9)
+    _, cache = model.next_logits(text[:, :4], cache)
+    for i in range(4, 9):
+        logits, cache = model.next_logits(text[:, i : i + 1], cache, i)
+        np.testing.assert_allclose(to_numpy(logits), expected[:, i], rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_are_scaled_on_the_way_in_only():
+    model, text = language_model(embedding_scale=3.0, tie_embeddings=False), tokens()
+    plain = language_model(tie_embeddings=False)
+    plain.set_weights(model.get_weights())
+    plain.token_embedding.set_weights([3.0 * model.token_embedding.get_weights()[0]])
+    np.testing.assert_allclose(predict(model, text), predict(plain, text), rtol=1e-5, atol=1e-5)
+    tied, text = language_model(embedding_scale=3.0), tokens()
+    hidden = tied.head.final_norm(_hidden(tied, text))
+    expected = to_numpy(hidden) @ to_numpy(tied.token_embedding.embeddings).T
+    np.testing.assert_allclose(predict(tied, text), expected, rtol=1e-4, atol=1e-5)
+
+
+def _hidden(model, text):
+    x = 3.0 * model.token_embedding(text)
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("swa", {}, "`name` must be one of.*swan.*Did you mean 'swan'"),
+        ("swan", {}, "`sliding_window` must be an integer in the pattern 'swan'.*None"),
+        ("smollm3", {"sliding_window": 4}, "`sliding_window` must be None in the pattern"),
+        ("swan", {"sliding_window": 4, "every": 0}, "`every` must be a positive integer"),
+    ],
+)
+def test_errors_of_patterns(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        layer_pattern(name, 4, **options)
+
+
+def test_patterns():
+    swan = layer_pattern("swan", 5, sliding_window=3, every=2, normalizer="ssmax")
+    assert swan == {
+        "num_layers": 5,
+        "normalizer": ["ssmax", "softmax", "ssmax", "softmax", "ssmax"],
+        "rotary": [None, "default", None, "default", None],
+        "sliding_window": [None, 3, None, 3, None],
+    }
+    smol = layer_pattern("smollm3", 4, normalizer="softmax")
+    assert smol["rotary"] == ["default"] * 3 + [None]
+    assert layer_pattern("ministral", 2, sliding_window=3)["rotary"] == ["default"] * 2
+
+
 # Files
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize("options", ["ssmax_bias", "partial_rotary", "untied", "padding", "groups"])
+@pytest.mark.parametrize(
+    "options",
+    ["ssmax_bias", "partial_rotary", "untied", "padding", "groups", "wide_heads", "some_biases",
+     "gemma", "gates", "llama3", "swan", "three_scales"],
+)  # fmt: skip
 def test_survives_saving(options, ending, tmp_path):
     model = make(options)
     loaded = reload(model, tmp_path / f"model{ending}", lambda: make(options))

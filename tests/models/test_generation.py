@@ -223,3 +223,61 @@ def test_a_part_of_a_model_in_fit_generates_once_the_whole_is_synchronized(backe
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=generate_in_fit)
     outer.fit(text[:, :-1], text[:, 1:], verbose=0, callbacks=[callback])
     np.testing.assert_array_equal(found[-1], inner.generate(PROMPTS, 2))
+
+
+# Repetitions, several rows for each prompt, and prompts read in parts
+
+
+def test_repetition_penalty_is_of_tokens_met_so_far():
+    model, row, penalty = language_model(), [3, 1, 4, 1, 5], 1.7
+    [found] = model.generate([row], 7, repetition_penalty=penalty)
+    for token in found:
+        logits = to_numpy(model(np.array([row])))[0, -1]
+        met = logits[row]
+        logits[row] = np.where(met > 0, met / penalty, met * penalty)
+        assert token == logits.argmax()
+        row = [*row, int(token)]
+    assert found.tolist() != model.generate([[3, 1, 4, 1, 5]], 7)[0].tolist()
+
+
+def test_min_p_leaves_the_tokens_that_are_nearly_as_probable_as_the_likeliest():
+    probabilities = np.array([0.5, 0.26, 0.14, 0.1])
+    logits = np.log(np.tile(probabilities, (1000, 1))).astype("float32")
+    draws = ((np.arange(1000) + 0.5) / 1000).astype("float32")
+    logits, draws = (keras.ops.convert_to_tensor(x) for x in (logits, draws))
+    found = to_numpy(sample(logits, draws, np.float32(1.0), min_p=np.float32(0.25)))
+    counts = np.bincount(found, minlength=4) / 1000
+    np.testing.assert_allclose(counts, [*(probabilities[:3] / 0.9), 0.0], atol=2e-3)
+
+
+def test_several_sequences_of_each_prompt():
+    model, options = language_model(), {"temperature": 1.5, "min_p": 0.05, "seed": 3}
+    found = model.generate(PROMPTS, 6, num_return_sequences=3, **options)
+    assert len(found) == 9
+    assert len({tuple(row) for row in found[:3]}) > 1
+    repeated = [prompt for prompt in PROMPTS for _ in range(3)]
+    np.testing.assert_array_equal(found, model.generate(repeated, 6, **options))
+
+
+@pytest.mark.parametrize("options", ["ssmax_bias", "window", "swan", "padding"])
+@pytest.mark.parametrize("size", [3, 8, 100])
+def test_prompts_read_in_parts_give_the_same(options, size):
+    model = make(options)
+    expected = model.generate(PROMPTS, 6)
+    np.testing.assert_array_equal(model.generate(PROMPTS, 6, prefill_size=size), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_p": 1.5, "temperature": 1}, r"`min_p` must be a number in \(0, 1\].*1.5"),
+        ({"min_p": 0.5}, "go with a `temperature` above 0, and so do `min_p`.*min_p=0.5"),
+        ({"num_return_sequences": 2}, "go with a `temperature`.*num_return_sequences=2"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be a positive integer"),
+        ({"repetition_penalty": 0}, "`repetition_penalty` must be a positive number.*=0"),
+        ({"prefill_size": 0}, "`prefill_size` must be a positive integer or None"),
+    ],
+)
+def test_errors_of_these_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        language_model(num_layers=1).generate(PROMPTS, 2, **options)

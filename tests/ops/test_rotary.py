@@ -75,6 +75,67 @@ def test_yarn_with_other_ends():
     np.testing.assert_allclose(actual, yarn(64, 1e4, 8.0, 2048, 16, 2), rtol=1e-13)
 
 
+def test_yarn_whose_ends_are_not_rounded():
+    actual = ops.rotary_frequencies(64, scaling={**YARN, "truncate": False})
+    rounded = ops.rotary_frequencies(64, scaling=YARN)
+    low, high = (32 * np.log(2048 / (2 * np.pi * n)) / np.log(1e4) for n in (32, 1))
+    assert low % 1 > 0.01
+    ramp = np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(actual, plain(64) * (1 - ramp + ramp / 8), rtol=1e-13)
+    assert np.abs(actual / rounded - 1).max() > 0.01
+
+
+@pytest.mark.parametrize("ends", [{}, {"low_freq_factor": 2, "high_freq_factor": 7.5}])
+@pytest.mark.parametrize(("size", "theta"), [(64, 10000.0), (128, 5e5), (16, 500.0)])
+def test_llama3_frequencies(size, theta, ends):
+    """By wavelength, as its authors write it."""
+    scaling = {"type": "llama3", "factor": 8, "original_length": 2048, **ends}
+    low, high = ends.get("low_freq_factor", 1), ends.get("high_freq_factor", 4)
+    expected = []
+    for f in plain(size, theta):
+        wavelength = 2 * np.pi / f
+        if wavelength < 2048 / high:
+            expected.append(f)
+        elif wavelength > 2048 / low:
+            expected.append(f / 8)
+        else:
+            smooth = (2048 / wavelength - low) / (high - low)
+            expected.append((1 - smooth) * f / 8 + smooth * f)
+    actual = ops.rotary_frequencies(size, theta, scaling)
+    np.testing.assert_allclose(actual, expected, rtol=1e-13)
+    assert 0 < np.isclose(actual, plain(size, theta)).sum() < size // 2
+    assert ops.rotary_attention_factor(scaling) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("slopes", "expected"),
+    [
+        ({"mscale": 1, "mscale_all_dim": 1}, 1.0),
+        ({"mscale": 0.7, "mscale_all_dim": 2}, (0.07 * np.log(8) + 1) / (0.2 * np.log(8) + 1)),
+        ({"mscale": 0.7, "mscale_all_dim": 0}, 0.1 * np.log(8) + 1),
+        ({"mscale_all_dim": 2}, 0.1 * np.log(8) + 1),
+        ({"mscale": 1, "mscale_all_dim": 1, "attention_factor": 1.5}, 1.5),
+    ],
+)
+def test_attention_factor_of_yarn_with_slopes(slopes, expected):
+    assert ops.rotary_attention_factor({**YARN, **slopes}) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({**YARN, "truncate": 1}, r"`scaling\['truncate'\]` must be True or False.*1"),
+        ({**YARN, "mscale": -1}, r"`scaling\['mscale'\]` must be a number of 0 or more.*-1"),
+        ({**YARN, "type": "llama3", "low_freq_factor": 4}, "a 'high_freq_factor' above its"),
+        ({**YARN, "type": "llama3", "beta_fast": 4}, "type 'llama3' must have the keys"),
+        ({**YARN, "type": "llama3", "factor": 0.5}, r"`scaling\['factor'\]` must be a number of 1"),
+    ],
+)
+def test_errors_of_scalings(entries, message):
+    with pytest.raises(ValueError, match=message):
+        ops.rotary_frequencies(8, scaling=entries)
+
+
 def test_yarn_of_a_factor_of_one_changes_nothing():
     scaling = {**YARN, "factor": 1}
     np.testing.assert_allclose(ops.rotary_frequencies(64, scaling=scaling), plain(64), rtol=1e-14)

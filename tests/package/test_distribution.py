@@ -12,6 +12,7 @@ import pytest
 from support import SCRIPTS, TESTS
 
 from keras_ssattn.distribution import layout_map
+from keras_ssattn.models import CausalLM
 
 
 def launch(*arguments, **environment):
@@ -108,3 +109,18 @@ def test_two_processes_on_torch(tmp_path):
         if name != "losses":
             np.testing.assert_array_equal(first[name], second[name])
             np.testing.assert_allclose(first[name], single[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_a_released_model_is_loaded_in_parts(tmp_path):
+    """On four devices: each has its part of every matrix, the embedding and the head too."""
+    options = {"num_heads": 4, "normalizer": "softmax", "tie_embeddings": False}
+    CausalLM(48, 16, 2, **options).to_huggingface(tmp_path)
+    launch(SCRIPTS / "load_distributed.py", tmp_path, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    model = CausalLM.from_huggingface(tmp_path, dtype="float32")
+    np.testing.assert_allclose(found["logits"], model(np.arange(3, 20)[None]), rtol=1e-4, atol=1e-5)
+    for path, (shape, parts) in found["shards"].items():
+        share = 4 if len(shape) > 1 else 1
+        assert [np.prod(part) * share for part in parts] == [np.prod(shape)] * 4, path
+    assert found["whole"] <= 16

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_ssattn.layers import QueryAwareScale, RotaryEmbedding, Softmax
+from keras_ssattn.models import layer_pattern
 from support import cases
 from support.cases import NORMALIZERS, TRAVELERS, randomize
 from support.helpers import predict
@@ -14,6 +15,7 @@ def language_model(**options):
     return randomize(cases.language_model(**options))
 
 
+LLAMA3 = {"type": "llama3", "factor": 4.0, "original_length": 16}
 OPTIONS = {
     **{name: {"normalizer": NORMALIZERS[name]} for name in TRAVELERS},
     "query_aware": {"normalizer": lambda: Softmax(length_scale=QueryAwareScale())},
@@ -24,12 +26,22 @@ OPTIONS = {
     "plain": {"ffn_type": "standard", "norm": "layer_norm", "use_bias": True},
     "untied": {"tie_embeddings": False},
     "padding": {"padding_id": 0},
-}
+    "wide_heads": {"key_dim": 10, "qk_norm": True, "norm_epsilon": 1e-2},
+    "some_biases": {"use_bias": ("query", "key", "value")},
+    "gemma": {"key_dim": 8, "activation": "gelu_tanh", "embedding_scale": 12**0.5,
+              "norm": "offset_rms_norm", "norm_epsilon": 1e-3},
+    "gates": {"use_gate": True},
+    "llama3": {"rotary": lambda: RotaryEmbedding(scaling=LLAMA3)},
+    **{name: {"num_layers": 5, **layer_pattern(name, 5, sliding_window=window, every=2)}
+       for name, window in (("swan", 3), ("smollm3", None), ("ministral", 3))},
+    "three_scales": {"num_layers": 3, "normalizer": ["ssmax", "sink_softmax", "softpick"],
+                     "rotary": lambda: [RotaryEmbedding(), None, RotaryEmbedding(fraction=0.4)]},
+}  # fmt: skip
 
 
 def make(options):
     options = {k: v() if callable(v) else v for k, v in OPTIONS[options].items()}
-    return language_model(num_layers=1, **options)
+    return language_model(**{"num_layers": 1, **options})
 
 
 def assert_greedy(model, prompts, generated):
