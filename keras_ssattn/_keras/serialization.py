@@ -87,10 +87,7 @@ def serialize_policy(layer: Layer) -> Config:
     for projection in quantized:
         # The path above this layer depends on who builds it, a loaded model or a new one.
         path = re.escape(projection.path[above:])
-        policy = projection.dtype_policy
-        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):  # as of a loaded model
-            policy = policy[projection.path]
-        policies[f"^(.*/)?{path}$"] = policy
+        policies[f"^(.*/)?{path}$"] = projection.dtype_policy
     return {"dtype": keras.dtype_policies.serialize(policies)}
 
 

@@ -129,7 +129,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         return_attention_scores: whether to return the weights as well.
         training: whether dropout applies.
         use_causal_mask: whether a query sees no later position.
-        segment_ids: integers `[B, T]` of sequences packed into one, which do not see each other.
+        segment_ids: integers `[B, T]`, or `[B, ...]`, of sequences packed into one, which do not
+            see each other.
         cache: a `Cache` of earlier positions, from `make_cache`. The keys and values of these T
             are written to it from `cache_index` on, with their mask, and the queries see all
             that it holds up to their own positions; `use_causal_mask=True` is required.
@@ -334,8 +335,9 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
                 axes.fold_padding(key_mask, key),
                 axes.fold_mask(attention_mask, self.num_heads, query, keys),
             )
+            segments = axes.fold_padding(segment_ids, query)
             visibility, query_mask = see(
-                inputs, masks, use_causal_mask, segment_ids, cache, cache_index
+                inputs, masks, use_causal_mask, segments, cache, cache_index
             )
         visibility = visibility.within(self.sliding_window)
         heads = self._project(inputs, visibility, rotation, has_cache=cache is not None)

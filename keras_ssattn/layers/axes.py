@@ -106,7 +106,7 @@ class AttentionAxes:
         return ops.reshape(ops.transpose(x, order), sizes)
 
     def fold_padding(self, mask: ArrayLike | None, x: Tensor) -> ArrayLike | None:
-        """A mask of all axes but the features, `[B, ...]`, as `[B', T]`.
+        """A mask, or segments, of all axes but the features, `[B, ...]`, as `[B', T]`.
 
         With one attended axis it may be `[B, T]`.
         """
@@ -115,12 +115,12 @@ class AttentionAxes:
         if len(mask.shape) == 2 and len(self.attended) == 1:
             batch, (time,) = self.pick(ops.shape(x))
             mask = ops.expand_dims(mask, tuple(range(1, 1 + len(self.others))))
-            mask = ops.broadcast_to(check_mask("mask", mask), (*batch, time))
+            mask = ops.broadcast_to(mask, (*batch, time))
             return ops.reshape(mask, (_size(batch), time))
         if len(mask.shape) != self.rank - 1:
             raise ValueError(
-                "masks of `query`, `value` and `key` must have the axes of these without the "
-                f"features. Received: a mask with shape {tuple(mask.shape)}, inputs of rank "
+                "masks and segments must have the axes of `query`, `value` and `key` "
+                f"without the features. Received: shape {tuple(mask.shape)}, inputs of rank "
                 f"{self.rank}"
             )
         return self.fold(mask)

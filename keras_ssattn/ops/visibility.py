@@ -261,7 +261,7 @@ class Visibility:
         counts = stacks.empty(tile_count, tile, "int32")
         counts = ops.fori_loop(0, tile_count, count, counts)
         counts = stacks.merge(stacks.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
-        return ops.reshape(counts, (-1, 1, length))
+        return ops.reshape(counts, (ops.shape(counts)[0], 1, length))
 
 
 def visible_keys(

@@ -287,9 +287,9 @@ ERRORS = {
     "twice from both ends": (call((2, -2)), AXES),
     "rotary": (
         call((1, 2), rotary=layers.RotaryEmbedding()),
-        r"`sliding_window` and `rotary` need one attended axis.*\(1, 2\)",
+        r"`rotary` needs one attended axis.*\(1, 2\)",
     ),
-    "window": (call(sliding_window=3), "`sliding_window` and `rotary` need one attended axis"),
+    "window": (call(sliding_window=3), "`sliding_window` needs one attended axis"),
     "causal": (
         call((1, 2), call_options={"use_causal_mask": True}),
         r"`use_causal_mask` needs one attended axis.*\(1, 2\)",

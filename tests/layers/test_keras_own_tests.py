@@ -9,6 +9,7 @@ import pytest
 from support import SCRIPTS
 
 
+@pytest.mark.backend("torch", "tensorflow", reason="on JAX the same takes minutes of compiling")
 @pytest.mark.skipif(
     not keras.version().startswith("3.15."),
     reason=f"the tests are those of Keras 3.15; Keras {keras.version()} has others",

@@ -291,7 +291,6 @@ def zeros(*shape, dtype="float32"):
 
 
 @pytest.mark.parametrize("normalizer", NAMES)
-@hypothesis.settings(max_examples=30)
 @hypothesis.given(
     shape=st.sampled_from([(1, 1, 2, 1), (5, 7, 2, 2), (7, 5, 2, 1)]),
     key_mask=st.none() | hnp.arrays(bool, (2, 7)),

@@ -65,7 +65,7 @@ class LengthScale(StrictLoading):
     def explain(self) -> str:
         own = f"the length scale `{type(self).__name__}`" if self.uses_count else "no length scale"
         return (
-            f"The normalizer of {self.path!r} has {own}, that of the file has another: "
+            f"The normalizer {self.path.rpartition('/')[0]!r} has {own}, that of the file another: "
             'normalizer="ssmax" has an s (and with `use_bias` a b), "softmax" has none. Make the '
             "model with the `normalizer=` that it was saved with."
         )

@@ -143,7 +143,7 @@ class Normalizer(StrictLoading):
 
     def explain(self) -> str:
         return (
-            f"The normalizer of {self.path!r} is a `{type(self).__name__}`, that of the file is "
+            f"The normalizer {self.path!r} is a `{type(self).__name__}`, that of the file is "
             'another: normalizer="sink_softmax" has weights of its own. Make the model with the '
             "`normalizer=` that it was saved with."
         )

@@ -59,7 +59,8 @@ def attend(
     (2, 7, 4, 16)
     """
     if implementation in ("fused", "flash"):
-        _require_fused(query, key, value, kernel, visibility)
+        asked = "flash_attention=True" if implementation == "flash" else 'implementation="fused"'
+        _require_fused(asked, query, key, value, kernel, visibility)
     factor = _factor_like(query, factor, visibility)
     if any(is_known(size) and size == 0 for x in (query, key) for size in x.shape[:2]):
         implementation = "dense"  # nothing to compute, and PyTorch has no maximum of nothing
@@ -113,12 +114,12 @@ def _fastest(
 
 
 def _require_fused(
-    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
+    asked: str, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
 ) -> None:
     dtypes = sorted({dtype_of(x) for x in (query, key, value)})
     if not fused.is_available(kernel, dtypes, visibility):
         raise ValueError(
-            'implementation="fused" serves softmax, ssmax and sink_softmax up to float32: on '
+            f"{asked} serves softmax, ssmax and sink_softmax up to float32: on "
             "torch, with masks from Keras 3.14 on; and, without a sink, on JAX with a GPU, without "
             "masks beyond causality. Received: "
             f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}, Keras "

@@ -34,11 +34,14 @@ def attention(
         # a key of zeros has the logit 0, which such a kernel ignores
         key = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key))
         visibility = dataclasses.replace(visibility, key_mask=None)
+    if query.shape[-1] == 1:  # XLA would round a product of one number twice, and never alike
+        query, key = (ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in (query, key))
     arrays = (widen(query) * factor * kernel.prescale, key, value)
     if "float64" in (dtype_of(x) for x in arrays):
         arrays = tuple(ops.cast(x, "float64") for x in arrays)
     attend = _with_gradient(kernel, visibility)
-    return cast(attend(*arrays, *kernel.tensors, *visibility.tensors), dtype)
+    learned = (x + 0.0 for x in kernel.tensors)  # TensorFlow takes no variables here
+    return cast(attend(*arrays, *learned, *visibility.tensors), dtype)
 
 
 def _with_gradient(kernel: Kernel, visibility: Visibility) -> Callable[..., Tensor]:
