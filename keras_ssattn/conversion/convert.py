@@ -87,7 +87,7 @@ def convert_attention(
     Reference: arXiv 2501.19399, section on replacing softmax after training.
     """
     options = _check(model, normalizer, train_length, causal)
-    _raise_for(_refusals(model))
+    _raise_for(_refusals(model, options["normalizer"]))
     conversion = Conversion.from_config(options, holders_below(model, foreign_below))
     custom = custom_objects(model)
     with conversion.active(), scope_with(custom):
@@ -108,7 +108,7 @@ def convert_attention(
     return new
 
 
-def _refusals(model: keras.Model) -> list[tuple[str, str]]:
+def _refusals(model: keras.Model, normalizer: Identifier) -> list[tuple[str, str]]:
     """The paths of the layers that cannot be converted, with the reasons."""
     found = foreign_below(model)
     if not found:
@@ -116,7 +116,7 @@ def _refusals(model: keras.Model) -> list[tuple[str, str]]:
             "`model` must have a `keras.layers.MultiHeadAttention` or `GroupQueryAttention`. "
             f"Received: `{model.name}`, without any"
         )
-    reasons = [(path, refusal(layer)) for path, layer in found]
+    reasons = [(path, refusal(layer, normalizer)) for path, layer in found]
     reasons += [
         (path, "LoRA is enabled")
         for path, layer in walk(model)
