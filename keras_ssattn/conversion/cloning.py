@@ -1,7 +1,9 @@
 """Makes layers again from their configurations, and copies their weights."""
 
 import functools
+import re
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,7 +11,12 @@ import numpy as np
 from keras_ssattn._keras.tree import held_layers, parents_first, walk
 from keras_ssattn._typing import Layer
 from keras_ssattn.conversion import hub
-from keras_ssattn.conversion.holders import converted_below, is_foreign_attention, original_class
+from keras_ssattn.conversion.holders import (
+    converted_below,
+    foreign_below,
+    is_foreign_attention,
+    original_class,
+)
 
 
 class Clones:
@@ -81,12 +88,7 @@ class Clones:
 
     def _pair_below(self, old: Layer, new: Layer) -> None:
         """Pairs each layer that `old` holds with the one that `new` holds in the same place."""
-        if is_foreign_attention(old):
-            held = {x.name: x for _, x in walk(old) if isinstance(x, keras.layers.EinsumDense)}
-            [attention] = converted_below(new)
-            clones = {x.name: x for x in (attention.projections() if attention.built else [])}
-        else:
-            held, clones = held_layers(old), held_layers(new)
+        held, clones = _held_by_both(old, new)
         for child in {id(x): x for x in held.values()}.values():
             places = [place for place, x in held.items() if x is child and place in clones]
             # Keras's own list is ordered by when attributes were set, which may differ
@@ -111,7 +113,8 @@ class Clones:
 
     def _check_kind(self, old: Layer, new: Layer) -> None:
         """Raises unless a layer and its clone have the same class and dtypes."""
-        if original_class(new) is not original_class(old) and not is_foreign_attention(old):
+        is_replaced = is_foreign_attention(old) or hub.is_head_norm(old)
+        if original_class(new) is not original_class(old) and not is_replaced:
             expected = "consist of layers whose configuration makes their class"
             raise self._error(expected, old, f", of which the copy is a `{_full_name(type(new))}`")
         dtypes, others = [(x.variable_dtype, x.compute_dtype) for x in (old, new)]
@@ -180,14 +183,33 @@ def _make_from_config(layer: Layer) -> Layer:
     return clone
 
 
+def _held_by_both(old: Layer, new: Layer) -> tuple[dict[Any, Layer], dict[Any, Layer]]:
+    """The layers that a layer and its clone hold, by their places, which are the same in both."""
+    if is_foreign_attention(old):
+        return hub.parts(old), _parts_of_converted(new)
+    return held_layers(old), held_layers(new)
+
+
+def _parts_of_converted(layer: Layer) -> dict[str, Layer]:
+    """The layers with weights of a converted attention, by name."""
+    [attention] = converted_below(layer)
+    if not attention.built:
+        return {}
+    parts = (*attention.projections(), attention.query_norm, attention.key_norm)
+    return {x.name: x for x in parts}
+
+
 def _copy_own_state(old: Layer, new: Layer) -> None:
     """Copies the state of a layer, without that of the layers it holds."""
-    if is_foreign_attention(old):
-        return  # all its weights are in its projections
+    if is_foreign_attention(old):  # all its weights but sinks are in its projections and norms
+        hub.copy_sinks(old, converted_below(new)[0])
+        return
     store: dict[str, np.ndarray] = {}
     old.save_own_variables(store)
     # Copies: on JAX, a training step may reuse the memory of the arrays it gets
     arrays = {name: np.array(keras.ops.convert_to_numpy(x)) for name, x in store.items()}
+    if isinstance(old, keras.layers.EinsumDense) and old.equation != new.equation:
+        arrays["0"] = arrays["0"].transpose(_kernel_axes(old.equation))
     new.load_own_variables(arrays)
     if hasattr(old, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
@@ -198,12 +220,20 @@ def _copy_own_state(old: Layer, new: Layer) -> None:
             other.trainable = weight.trainable
 
 
+def _kernel_axes(equation: str) -> list[int]:
+    """The axes of a kernel in the order of this package's: the summed ones, then the others."""
+    x, kernel, y = re.split(",|->", equation)
+    axes = sorted(kernel, key=lambda axis: (axis in y, (x + y).index(axis)))
+    return [kernel.index(axis) for axis in axes]
+
+
 def _own_weights(layer: Layer) -> list[keras.Variable]:
     below = {id(weight) for held in held_layers(layer).values() for weight in held.weights}
     return [weight for weight in layer.weights if id(weight) not in below]
 
 
 def _num_weights(model: keras.Model) -> int:
-    """The number of a model's weights, without those of its attention's normalizers."""
+    """The number of a model's weights, without those of normalizers, or that normalizers get."""
     added = sum(len(attention.normalizer.weights) for attention in converted_below(model))
-    return len(model.weights) - added
+    sinks = sum(len(_own_weights(attention)) for _, attention in foreign_below(model))
+    return len(model.weights) - added - sinks

@@ -32,9 +32,12 @@ def convert_attention(
     It replaces each `keras.layers.MultiHeadAttention` and `GroupQueryAttention` by a
     `keras_ssattn.layers.MultiHeadAttention`: in functional and sequential models, in models
     inside models, and in your own layers and models. In KerasHub's models it also replaces
-    `CachedMultiHeadAttention` (as in `GPT2CausalLM`) and Llama's attention; `generate` goes on
-    working with its cache. Names, options, trainable flags and shared layers stay. As in Keras's
-    attention, masks may be of any dtype, and are True where they are not 0.
+    `CachedMultiHeadAttention`, as in GPT-2 and OPT, and the attention of Llama, Mistral, Phi-3,
+    Qwen, Qwen3 and Gemma 1, and with `"sink_softmax"` that of gpt-oss, whose learned sinks it
+    takes over; `generate` goes on working with its cache. Names, options, trainable flags and
+    shared layers stay. As in Keras's attention, masks may be of any dtype, and are True where they
+    are not 0. Qwen's sliding windows count where KerasHub applies them, which 0.32 does not do on
+    JAX and PyTorch.
 
     With `"ssmax"`, s starts in every head at
 
@@ -68,10 +71,12 @@ def convert_attention(
     Raises:
         TypeError: if `model` is not a `keras.Model`, or is not built.
         ValueError: if there is no attention, or some of it cannot be converted. The message names
-            each such layer with the reason: an attention class of its own,
-            quantization, LoRA anywhere, a class that cannot be made again or shares its name with
-            another, or a dtype policy that came from a global one which has changed since. Also
-            for an unknown normalizer, and for a `train_length` below 2, missing or out of place.
+            each such layer with the reason: an attention class of its own (as with ALiBi, in Bloom
+            and Falcon), a soft cap on the logits, dropout of the heads' outputs, learned sinks
+            without `"sink_softmax"`, quantization, LoRA anywhere, a class that cannot be made again
+            or shares its name with another, or a dtype policy that came from a global one which
+            has changed since. Also for an unknown normalizer, and for a `train_length` below 2,
+            missing or out of place.
 
     Example:
 
@@ -87,7 +92,7 @@ def convert_attention(
     Reference: arXiv 2501.19399, section on replacing softmax after training.
     """
     options = _check(model, normalizer, train_length, causal)
-    _raise_for(_refusals(model))
+    _raise_for(_refusals(model, options["normalizer"]))
     conversion = Conversion.from_config(options, holders_below(model, foreign_below))
     custom = custom_objects(model)
     with conversion.active(), scope_with(custom):
@@ -108,7 +113,7 @@ def convert_attention(
     return new
 
 
-def _refusals(model: keras.Model) -> list[tuple[str, str]]:
+def _refusals(model: keras.Model, normalizer: Identifier) -> list[tuple[str, str]]:
     """The paths of the layers that cannot be converted, with the reasons."""
     found = foreign_below(model)
     if not found:
@@ -116,7 +121,7 @@ def _refusals(model: keras.Model) -> list[tuple[str, str]]:
             "`model` must have a `keras.layers.MultiHeadAttention` or `GroupQueryAttention`. "
             f"Received: `{model.name}`, without any"
         )
-    reasons = [(path, refusal(layer)) for path, layer in found]
+    reasons = [(path, refusal(layer, normalizer)) for path, layer in found]
     reasons += [
         (path, "LoRA is enabled")
         for path, layer in walk(model)

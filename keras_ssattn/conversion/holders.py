@@ -32,15 +32,16 @@ def substitutes() -> dict[type, Callable[[Config, Identifier], keras.Layer]]:
     return {**dict.fromkeys(keras_classes, attention.make_attention), **hub.substitutes()}
 
 
-def refusal(layer: keras.Layer) -> str | None:
+def refusal(layer: keras.Layer, normalizer: Identifier) -> str | None:
     """Says why an attention layer cannot be converted, or returns `None`."""
+    options = attention.options_of_layer(layer)
     if type(layer) not in substitutes():
-        return f"`{type(layer).__name__}` has a way of its own to compute attention"
+        return hub.refusal_of_class(layer, options)
     for _, projection in walk(layer):
         mode = getattr(projection, "quantization_mode", None)
         if projection is not layer and mode is not None:
             return f"quantized to {mode}"
-    return hub.refusal_of_options(type(layer), attention.options_of_layer(layer))
+    return hub.refusal_of_options(type(layer), options, normalizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +86,14 @@ class Conversion:
 
     def _make_attention(self, cls: type, *args: object, **kwargs: object) -> keras.Layer:
         options = attention.options_of_call(cls, *args, **kwargs)
-        reason = hub.refusal_of_options(cls, options)
+        normalizer = self.get_config()["normalizer"]
+        reason = hub.refusal_of_options(cls, options, normalizer)
         if reason is not None:
             raise ValueError(
                 f"`{cls.__name__}` must have options that can be converted. Received: {reason}"
             )
-        normalizer = self.get_config()["normalizer"]
         if self.train_length is not None:
-            window = options.get("sliding_window")  # Keras 3.9 has none
+            window = hub.window_of(cls, options)
             normalizer = SSMax(init_s=attention.initial_s(self.train_length, self.causal, window))
         return substitutes()[cls](options, normalizer)
 

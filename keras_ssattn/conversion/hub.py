@@ -4,6 +4,7 @@ KerasHub is imported only once a model or a file has one of its layers.
 """
 
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,15 +14,14 @@ import keras
 from keras import ops
 
 from keras_ssattn._keras.loading import freeze_sublayers
-from keras_ssattn._keras.tree import held_layers
+from keras_ssattn._keras.tree import held_layers, walk
 from keras_ssattn._typing import Config, DType, Identifier, Option, Shape, Size, Tensor
 from keras_ssattn.conversion.attention import converted_options
+from keras_ssattn.conversion.families import HEAD_NORMS, ROTARY, Family, families, own_way
 from keras_ssattn.layers import MultiHeadAttention, RotaryEmbedding
 from keras_ssattn.ops import Cache
 
 CACHED = ("keras_hub.src.layers.modeling.cached_multi_head_attention", "CachedMultiHeadAttention")
-LLAMA = ("keras_hub.src.models.llama.llama_attention", "LlamaAttention")
-LLAMA_ROTARY = ("keras_hub.src.models.llama.llama_rotary_embedding", "LlamaRotaryEmbedding")
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -87,16 +87,18 @@ class KerasHubMultiHeadAttention(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class KerasHubRotary(RotaryEmbedding):
-    """KerasHub's `LlamaRotaryEmbedding` as a rotary embedding of this package.
+    """A rotary embedding of KerasHub as one of this package.
 
     Args:
-        options: of `LlamaRotaryEmbedding`.
+        options: of KerasHub's class.
+        embedding: which one, a name in `ROTARY`.
     """
 
-    def __init__(self, options: Config, **kwargs: Any) -> None:
+    def __init__(self, options: Config, embedding: str = "llama", **kwargs: Any) -> None:
         super().__init__(theta=options["max_wavelength"], **kwargs)
         self.options = options
-        module, name = LLAMA_ROTARY
+        self.kind = embedding
+        module, name = ROTARY[embedding]
         cls = getattr(importlib.import_module(module), name)
         self.embedding = cls(**options, dtype=self.dtype_policy, name="embedding")
 
@@ -111,7 +113,7 @@ class KerasHubRotary(RotaryEmbedding):
     def get_config(self) -> Config:
         config = super().get_config()
         same = {name: config[name] for name in ("name", "trainable", "dtype")}
-        return {**same, "options": {**self.options}}
+        return {**same, "options": {**self.options}, "embedding": self.kind}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,20 +121,23 @@ class KerasHubRotation:
     """What KerasHub's embedding does to queries and keys at some positions, as a `Rotation`."""
 
     embedding: keras.Layer
-    positions: Tensor  # [B|1, T]
+    positions: Tensor  # [B|1, T], consecutive
 
     def turn(self, x: Tensor) -> Tensor:
-        one = self.positions.shape[0] == 1
-        return self.embedding(x, positions=self.positions[0] if one else self.positions)
+        if self.positions.shape[0] == 1:  # as KerasHub does it; Phi-3's takes no positions
+            return self.embedding(x, start_index=self.positions[0, 0])
+        return self.embedding(x, positions=self.positions)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class KerasHubLlamaAttention(KerasHubMultiHeadAttention):
-    """Replaces KerasHub's `LlamaAttention`, is called like it, and keeps its rotary embedding.
+class KerasHubSelfAttention(KerasHubMultiHeadAttention):
+    """Replaces the self-attention of KerasHub's `families`, and keeps its rotary embedding.
+
+    It is called like `LlamaAttention`.
 
     Args:
-        options: of `MultiHeadAttention`; `key_dim` follows from the input.
-        rotary_options: of KerasHub's `LlamaRotaryEmbedding`.
+        options: of `MultiHeadAttention`; without `key_dim`, it follows from the input.
+        rotary_options: of `KerasHubRotary`'s embedding, and which one.
     """
 
     def __init__(self, options: Config, rotary_options: Config, **kwargs: object) -> None:
@@ -141,8 +146,9 @@ class KerasHubLlamaAttention(KerasHubMultiHeadAttention):
         self.supports_masking = False
 
     def build(self, inputs_shape: Shape) -> None:  # type: ignore[override]
-        size = inputs_shape[-1] // self.options["num_heads"]
-        rotary = KerasHubRotary({**self.rotary_options})
+        size = self.options.get("key_dim") or inputs_shape[-1] // self.options["num_heads"]
+        rotary = {**self.rotary_options}
+        rotary = KerasHubRotary(embedding=rotary.pop("embedding"), options=rotary)
         self._build_attention(inputs_shape, inputs_shape, key_dim=size, rotary=rotary)
 
     def call(  # type: ignore[override]
@@ -156,6 +162,9 @@ class KerasHubLlamaAttention(KerasHubMultiHeadAttention):
         options = (attention_mask, cache, cache_update_index)
         return super().call(hidden_states, hidden_states, None, *options, training=training)
 
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
+        return tuple(inputs_shape)
+
     def get_config(self) -> Config:
         return {**super().get_config(), "rotary_options": {**self.rotary_options}}
 
@@ -165,12 +174,12 @@ def _make_cached(options: Config, normalizer: Identifier) -> KerasHubMultiHeadAt
     return KerasHubMultiHeadAttention(converted_options(options, normalizer), **own)
 
 
-def _make_llama(options: Config, normalizer: Identifier) -> KerasHubMultiHeadAttention:
+def _make_self_attention(
+    family: Family, options: Config, normalizer: Identifier
+) -> KerasHubMultiHeadAttention:
     own, options = _own_options(options)
-    names = ("num_query_heads", "num_key_value_heads", "kernel_initializer")
-    attention = converted_options({name: options[name] for name in names}, normalizer)
-    rotary = {name[5:]: x for name, x in options.items() if name.startswith("rope_")}
-    return KerasHubLlamaAttention({**attention, "use_bias": False}, rotary, **own)
+    converted = family.convert(options, normalizer)
+    return KerasHubSelfAttention(converted, family.rotary(options), **own)
 
 
 def _own_options(options: Config) -> tuple[Config, Config]:
@@ -181,12 +190,13 @@ def _own_options(options: Config) -> tuple[Config, Config]:
 
 def substitutes() -> dict[type, Callable[[Config, Identifier], keras.Layer]]:
     """For each attention class of KerasHub, the function that makes its replacement."""
-    makers = {CACHED: _make_cached, LLAMA: _make_llama}
-    return {
-        getattr(sys.modules[module], name): make
-        for (module, name), make in makers.items()
-        if module in sys.modules
+    found: dict[type, Callable[[Config, Identifier], keras.Layer]] = {
+        cls: functools.partial(_make_self_attention, family) for cls, family in families().items()
     }
+    module, name = CACHED
+    if module in sys.modules:
+        found[getattr(sys.modules[module], name)] = _make_cached
+    return found
 
 
 def is_of_kerashub(module: str) -> bool:
@@ -203,14 +213,51 @@ def is_attention(layer: keras.Layer) -> bool:
     return not any(isinstance(held, doers) for held in held_layers(layer).values())
 
 
-def refusal_of_options(cls: type, options: Config) -> str | None:
+def refusal_of_class(layer: keras.Layer, options: Config) -> str:
+    """Says what an attention layer does whose class cannot be converted."""
+    name = type(layer).__name__
+    reason = own_way(name, options) if is_of_kerashub(type(layer).__module__) else None
+    reason = "" if reason is None else f": {reason}"
+    return f"`{name}` has a way of its own to compute attention{reason}"
+
+
+def refusal_of_options(cls: type, options: Config, normalizer: Identifier) -> str | None:
     """Names an option of a layer of KerasHub that cannot be converted, or returns `None`."""
-    make = substitutes().get(cls)
-    if make is _make_llama and options["dropout"] > 0:
-        return f"dropout={options['dropout']}, of the heads' outputs, not of the weights"
-    if make is _make_cached and options["name"] == "cross_attention":
+    family = families().get(cls)
+    if family is not None:
+        return family.refusal(options, normalizer)
+    if substitutes().get(cls) is _make_cached and options["name"] == "cross_attention":
         return "cross-attention, which caches projected keys and values alone"
     return None
+
+
+def window_of(cls: type, options: Config) -> int | None:
+    """The sliding window of an attention layer of Keras or KerasHub, from its options."""
+    family = families().get(cls)
+    return options.get("sliding_window") if family is None else family.window_of(options)
+
+
+def parts(layer: keras.Layer) -> dict[str, keras.Layer]:
+    """The layers with weights below an attention layer, by their names in this package's."""
+    return {
+        HEAD_NORMS.get(x.name, x.name): x
+        for _, x in walk(layer)
+        if isinstance(x, keras.layers.EinsumDense) or is_head_norm(x)
+    }
+
+
+def is_head_norm(layer: keras.Layer) -> bool:
+    """Whether a layer is the norm of KerasHub's query or key heads."""
+    return layer.name in HEAD_NORMS and is_of_kerashub(type(layer).__module__)
+
+
+def copy_sinks(layer: keras.Layer, attention: MultiHeadAttention) -> None:
+    """Copies the learned sinks of an attention layer of KerasHub, if it has any."""
+    family = families().get(type(layer))
+    if family is not None and family.has_sinks:
+        sink = attention.normalizer.sink
+        sink.assign(layer.sinks)
+        sink.trainable = layer.sinks.trainable
 
 
 def remake_task(task: keras.Layer) -> keras.Layer | None:

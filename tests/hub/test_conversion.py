@@ -19,8 +19,8 @@ pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
 import keras_hub
 
 VOCABULARY = 31
-LLAMA = {"vocabulary_size": VOCABULARY, "num_layers": 1, "num_query_heads": 6,
-         "num_key_value_heads": 2, "hidden_dim": 24, "intermediate_dim": 17}  # fmt: skip
+LLAMA = {"num_layers": 1, "num_query_heads": 6, "num_key_value_heads": 2, "hidden_dim": 24,
+         "intermediate_dim": 17}  # fmt: skip
 
 
 def gpt2(**options):
@@ -32,19 +32,72 @@ def gpt2(**options):
 
 
 def llama(**options):
-    backbone = keras_hub.models.LlamaBackbone(**LLAMA, rope_max_wavelength=500, **options)
-    return randomize(keras_hub.models.LlamaCausalLM(backbone))
+    return causal_lm("Llama", **LLAMA, rope_max_wavelength=500, **options)
 
 
 def llama_3(**options):
-    backbone = keras_hub.models.Llama3Backbone(
-        **LLAMA, rope_frequency_adjustment_factor=8.0, rope_low_freq_factor=1.0,
+    return causal_lm(
+        "Llama3", **LLAMA, rope_frequency_adjustment_factor=8.0, rope_low_freq_factor=1.0,
         rope_high_freq_factor=4.0, rope_pretraining_sequence_length=6, **options,
     )  # fmt: skip
-    return randomize(keras_hub.models.Llama3CausalLM(backbone))
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "llama_3": llama_3}
+def causal_lm(family, **options):
+    """A model of a family of KerasHub's, by the name of its classes."""
+    names = f"{family}Backbone", f"{family}CausalLM"
+    backbone, task = (getattr(keras_hub.models, name) for name in names)
+    return randomize(task(backbone(vocabulary_size=VOCABULARY, **options)))
+
+
+def mistral(**options):
+    options = {"sliding_window": 4, "rope_scaling_factor": 2.0, "head_dim": 6, **options}
+    return causal_lm("Mistral", **LLAMA, **options)
+
+
+def phi_3_su(**options):
+    """The long factors apply from a length of 7 on."""
+    return causal_lm(
+        "Phi3", **LLAMA, rope_scaling_type="su", rope_scaling_short_factor=[1.1, 1.2],
+        rope_scaling_long_factor=[2.0, 3.0], pretraining_sequence_length=6,
+        max_sequence_length=16, **options,
+    )  # fmt: skip
+
+
+def qwen_3(**options):
+    options = {"sliding_window_size": 3, "layer_norm_epsilon": 0.01, "head_dim": 6, **options}
+    return causal_lm("Qwen3", **LLAMA, **options)
+
+
+def gemma(**options):
+    """With windows, and the norms of Gemma 2; the dropout is of weights."""
+    options = {"use_sliding_window_attention": True, "sliding_window_size": 3, **options}
+    sizes = {**LLAMA, "num_layers": 2, "intermediate_dim": 16, "head_dim": 6, "dropout": 0.1}
+    return causal_lm("Gemma", **sizes, use_post_attention_norm=True, **options)
+
+
+def gpt_oss(**options):
+    return causal_lm(
+        "GptOss", **{**LLAMA, **options}, num_experts=2, top_k=1, sliding_window=3, head_dim=8,
+        rope_scaling_factor=2.0,
+    )  # fmt: skip
+
+
+MODELS = {
+    "gpt2": gpt2,
+    "opt": lambda: causal_lm(
+        "OPT", num_layers=1, num_heads=3, hidden_dim=12, intermediate_dim=17,
+        max_sequence_length=20,
+    ),
+    "llama": llama,
+    "llama_3": llama_3,
+    "mistral": mistral,
+    "phi_3": lambda: causal_lm("Phi3", **LLAMA),
+    "phi_3_su": phi_3_su,
+    "qwen": lambda: causal_lm("Qwen", **LLAMA, rope_scaling_factor=2.0),
+    "qwen_3": qwen_3,
+    "gemma": gemma,
+}  # fmt: skip
+NEW = [name for name in MODELS if name not in ("gpt2", "llama", "llama_3")]
 
 
 def randomize(model):
@@ -89,14 +142,25 @@ def test_softmax_gives_the_outputs_of_before(name):
     assert len(converted_below(converted)) == model.backbone.num_layers
     assert isinstance(converted, type(model))
     assert_close(predict(converted, text()), predict(model, text()))
+    assert len(converted.weights) == len(model.weights)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_n_is_the_number_of_keys_that_a_query_sees(name, monkeypatch):
+@pytest.mark.parametrize("name", NEW)
+def test_softmax_generates_the_tokens_of_before(name):
+    model = MODELS[name]()
+    prompts = text((4, 3), time=12)
+    expected = generate(model, prompts)
+    np.testing.assert_array_equal(generate(convert_attention(model, "softmax"), prompts), expected)
+    assert len(np.unique(expected)) > 8
+
+
+@pytest.mark.parametrize(("name", "window"), [("gpt2", 9), ("llama", 9), ("mistral", 4)])
+def test_n_is_the_number_of_keys_that_a_query_sees(name, window, monkeypatch):
     """KerasHub's own attention, given queries that are scaled by s log n, does the same."""
     model, padding = MODELS[name](), text()["padding_mask"]
     converted = with_scales(model)
     n = np.cumsum(padding, axis=1)  # causal, and the padding comes last
+    n[:, window:] -= n[:, :-window].copy()
     scales = iter([keras.ops.convert_to_numpy(a.normalizer.s) for a in converted_below(converted)])
     layers = [x._self_attention_layer for x in model.backbone.transformer_layers]
     original = type(layers[0])._compute_attention
@@ -111,7 +175,8 @@ def test_n_is_the_number_of_keys_that_a_query_sees(name, monkeypatch):
     assert_close(predict(converted, text()), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+# Phi-3's long factors turn all positions otherwise once the sequence is long
+@pytest.mark.parametrize("name", [x for x in MODELS if x not in ("llama_3", "phi_3_su")])
 def test_a_cached_pass_gives_the_outputs_of_a_whole_one(name):
     converted = with_scales(MODELS[name]())
     ids = text((9, 9))["token_ids"]
@@ -136,7 +201,7 @@ def test_generation_is_greedy_decoding_without_a_cache(name):
     assert (before != likeliest)[:, 3:].any()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_3", "phi_3_su", "qwen", "qwen_3", "gemma"])
 def test_a_trained_s_is_saved_and_loaded(name, tmp_path):
     model = MODELS[name]()
     converted = with_scales(model)
@@ -171,17 +236,42 @@ def test_a_preset_of_a_converted_model_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_given_is_left_alone_and_the_new_one_trains():
-    model = llama()
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("llama", [9]), ("mistral", [4]), ("qwen", [9]), ("gemma", [3, 9])],
+)
+def test_the_model_given_is_left_alone_and_the_new_one_trains(name, windows):
+    model = MODELS[name]()
     expected = predict(model, text())
     converted = convert_attention(model, train_length=9)
     before = [keras.ops.convert_to_numpy(a.normalizer.s) for a in converted_below(converted)]
-    np.testing.assert_allclose(before, np.full((1, 6), 9 / np.log(np.arange(1, 10)).sum()), 1e-6)
+    n = [np.minimum(np.arange(1, 10), window) for window in windows]
+    np.testing.assert_allclose(before, [np.full(6, 1 / np.log(x).mean()) for x in n], 1e-6)
     converted.compile(optimizer=keras.optimizers.SGD(1.0), loss=converted.loss)
-    converted.fit(text(), text()["token_ids"], verbose=0)
+    converted.fit(text(), text()["token_ids"], verbose=0, shuffle=False)
     for attention, old in zip(converted_below(converted), before, strict=True):
         assert np.abs(keras.ops.convert_to_numpy(attention.normalizer.s) - old).min() > 0
     np.testing.assert_array_equal(predict(model, text()), expected)
+
+
+def test_learned_sinks_become_those_of_sink_softmax(tmp_path):
+    model = gpt_oss(num_layers=2)  # the second with a window
+    model.backbone.transformer_layers[1].self_attention_layer.sinks.trainable = False
+    converted = convert_attention(model, "sink_softmax")
+    assert foreign_below(converted) == []
+    sinks = [a.normalizer.sink for a in converted_below(converted)]
+    assert [x.trainable for x in sinks] == [True, False]
+    expected = predict(model, text())
+    assert_close(predict(converted, text()), expected)
+    prompts = text((4, 3), time=12)
+    np.testing.assert_array_equal(generate(converted, prompts), generate(model, prompts))
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    assert_close(predict(loaded, text()), expected)
+    sinks[0].assign(sinks[0] + 1.0)
+    assert np.abs(predict(converted, text()) - expected).max() > 0.01
+    with pytest.raises(ValueError, match=r'learned sinks, which only normalizer="sink_softmax"'):
+        convert_attention(model, "ssmax", train_length=9)
 
 
 def test_sampler_and_preprocessor_stay():
@@ -288,12 +378,63 @@ def test_layers_of_kerashub_in_models_of_ones_own(tmp_path):
     assert_close(predict(loaded, data), predict(converted, data))
 
 
-def test_what_cannot_be_converted_is_named():
-    gemma = keras_hub.models.GemmaBackbone(VOCABULARY, 1, 2, 1, 12, 16, 6)
-    with pytest.raises(ValueError, match="attention: `CachedGemmaAttention` has a way of its own"):
-        convert_attention(gemma, "softmax")
-    with pytest.raises(ValueError, match=r"self_attention: dropout=0.1, of the heads' outputs"):
-        convert_attention(llama(dropout=0.1), "softmax")
+def test_self_attention_of_kerashub_in_a_model_of_ones_own(tmp_path):
+    theirs = phi_3_su().backbone.transformer_layers[0].attention
+    x, mask = keras.Input((7, 24)), keras.Input((7, 7), dtype="int32")
+    layer = type(theirs).from_config(theirs.get_config())
+    model = randomize(keras.Model([x, mask], layer(x, attention_mask=mask)))
+    rng = np.random.default_rng(3)
+    data = [
+        rng.normal(size=(2, 7, 24)).astype("float32"),
+        np.tri(7, dtype="int32")[None].repeat(2, 0),
+    ]
+    converted = convert_attention(model, "softmax")
+    assert_close(predict(converted, data), predict(model, data))
+    converted = with_scales(model)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(predict(loaded, data), predict(converted, data))
+
+
+def gemma_3(**options):
+    sizes = {**LLAMA, "intermediate_dim": 16, "head_dim": 6, "image_size": 4, **options}
+    return keras_hub.models.Gemma3Backbone(vocabulary_size=VOCABULARY, **sizes)
+
+
+def scaled_otherwise():
+    x, mask = keras.Input((7, 24)), keras.Input((7, 7), dtype="int32")
+    cls = type(gemma().backbone.transformer_layers[0].attention)
+    return keras.Model([x, mask], cls(6, 3, 1, query_head_dim_normalize=False)(x, mask))
+
+
+BLOOM = {"vocabulary_size": VOCABULARY, "num_layers": 1, "hidden_dim": 12, "intermediate_dim": 16}
+REFUSED = {
+    "`BloomAttention` has a way of its own to compute attention: ALiBi": lambda: (
+        keras_hub.models.BloomBackbone(**BLOOM, num_heads=2)
+    ),
+    "`FalconAttention` has a way of its own to compute attention: ALiBi": lambda: (
+        keras_hub.models.FalconBackbone(**BLOOM, num_attention_heads=2)
+    ),
+    "`CachedGemma3Attention` has a way of its own to compute attention$": gemma_3,
+    "attention: logit_soft_cap=50.0, a soft cap on the logits": lambda: gemma(
+        attention_logit_soft_cap=50.0
+    ),
+    "of its own to compute attention: logit_soft_cap=50.0": lambda: gemma_3(
+        attention_logit_soft_cap=50.0
+    ),
+    "query_head_dim_normalize=False": scaled_otherwise,
+    "self_attention: dropout=0.1, of the heads' outputs": lambda: llama(dropout=0.1),
+    'learned sinks, which only normalizer="sink_softmax" has': gpt_oss,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_converted_is_refused_with_the_reason(reason):
+    with pytest.raises(ValueError, match=reason):
+        convert_attention(REFUSED[reason](), "softmax")
+
+
+def test_cross_attention_is_refused():
     inputs = keras.Input((7, 12))
     decoder = keras_hub.layers.TransformerDecoder(15, 2, name="decoder")
     model = keras.Model(inputs, decoder(inputs, inputs))
