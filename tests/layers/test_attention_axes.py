@@ -84,6 +84,8 @@ def fold(x, axes):
 def test_equals_keras(case, masked, backend, rng):
     if backend == "tensorflow" and len(case[1]) == 5 and len(parts(case)[0]) == 3:
         pytest.skip("Keras's layer fails: softmax takes 5 axes at most on TensorFlow")
+    if keras.version().startswith("3.9.") and isinstance(case[0], int) and case[0] < 0:
+        pytest.skip("Keras's layer fails: in 3.9 it takes no axes from the end")
     inputs, (theirs, ours) = inputs_of(case, rng), pair(case)
     options = {"attention_mask": scores_mask(case, rng)} if masked else {}
     found, scores = attend(ours, inputs, **options)
@@ -302,7 +304,7 @@ ERRORS = {
     "keys": (call(2, (F, F, F[:, :2])), "`value` and `key` must be equal in all sizes"),
     "mask of padding": (
         call((1, 2), call_options={"value_mask": np.ones((2, 3), bool)}),
-        r"masks of `query`, `value` and `key` must have the axes.*\(2, 3\).*rank 4",
+        r"masks and segments must have the axes of.*\(2, 3\).*rank 4",
     ),
     "mask of padding of another size": (
         call((1, 2), call_options={"value_mask": np.ones((2, 3, 5), bool)}),

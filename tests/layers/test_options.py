@@ -30,7 +30,7 @@ def test_flash_attention_is_had_or_refused(inputs):
     with pytest.raises((ValueError, RuntimeError), match="(?i)flash|fused"):
         layer(*inputs)
     layer = MultiHeadAttention(2, 3, normalizer="softpick", flash_attention=True)
-    with pytest.raises(ValueError, match='implementation="fused" serves softmax.*softpick'):
+    with pytest.raises(ValueError, match="flash_attention=True serves softmax.*softpick"):
         layer(*inputs)
 
 

@@ -48,7 +48,8 @@ def attention(
     dtype = dtype_of(value)
     is_number = isinstance(factor, (int, float))
     has_sink = isinstance(kernel, SinkSoftmax)
-    if dtype_of(query) == "float16" and (has_sink or not is_number):
+    mixed = len({dtype_of(x) for x in (query, key, value)}) > 1
+    if mixed or (dtype_of(query) == "float16" and (has_sink or not is_number)):
         # s log n times the query, or a sink, may pass the largest float16
         query, key, value = widen(query), widen(key), widen(value)
     group_size = query.shape[2] // key.shape[2]
