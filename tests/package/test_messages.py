@@ -78,16 +78,16 @@ def test_values_that_do_not_fit(case):
 @pytest.mark.parametrize(
     ("saved", "loaded", "match"),
     [
-        ("ssmax", "softmax", 'has no length scale, that of the file has another: .*"ssmax"'),
+        ("ssmax", "softmax", 'has no length scale, that of the file another: .*"ssmax"'),
         ("softmax", "ssmax", "has the length scale `LogLengthScale`, that of the file"),
         ("sink_softmax", "softmax", 'is a `Softmax`, that of the file.*"sink_softmax"'),
         ("softmax", "sink_softmax", 'is a `SinkSoftmax`, that of the file.*"sink_softmax"'),
-        ("ssmax", "softpick", 'has no length scale, that of the file has another: .*"ssmax"'),
+        ("ssmax", "softpick", 'has no length scale, that of the file another: .*"ssmax"'),
     ],
 )
 def test_weights_of_another_normalizer(saved, loaded, match, tmp_path):
     attention_model(saved).save_weights(tmp_path / "model.weights.h5")
-    with pytest.raises(ValueError, match=f"The normalizer of 'attention/.*{match}"):
+    with pytest.raises(ValueError, match=f"The normalizer 'attention/.*{match}"):
         attention_model(loaded).load_weights(tmp_path / "model.weights.h5")
 
 
