@@ -15,7 +15,7 @@ from support.helpers import predict, to_numpy
 
 from keras_ssattn.checkpoints.architecture import architecture_of
 from keras_ssattn.checkpoints.safetensors import ToStore, read_header, write_file
-from keras_ssattn.layers import PositionTemperature, Softmax, SSMax
+from keras_ssattn.layers import PositionTemperature, RotaryEmbedding, Softmax, SSMax
 from keras_ssattn.models import CausalLM
 
 DATA = TESTS / "data" / "huggingface"
@@ -149,6 +149,15 @@ def test_a_model_that_came_from_no_folder_is_written(tmp_path):
     np.testing.assert_array_equal(predict(loaded, x), predict(model, x))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model_type"], config["max_position_embeddings"]) == ("mistral", 99)
+
+
+def test_a_scaling_without_what_has_defaults_is_written(tmp_path):
+    scaling = {"type": "yarn", "factor": 4.0, "original_length": 8}
+    model = CausalLM(13, 12, 1, 2, normalizer="softmax", rotary=RotaryEmbedding(scaling=scaling))
+    model.to_huggingface(tmp_path)
+    x = np.arange(12)[None]
+    loaded = CausalLM.from_huggingface(tmp_path)
+    np.testing.assert_array_equal(predict(loaded, x), predict(model, x))
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,18 @@ def test_errors_of_a_stream_come_at_the_call():
         model.stream(PROMPTS, 3, top=2)
 
 
+@pytest.mark.backend("tensorflow", reason="AutoGraph is TensorFlow's")
+def test_autograph_has_nothing_to_warn_of(caplog):
+    import tensorflow as tf
+
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        language_model(num_layers=1).generate(PROMPTS, 1)
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert "AutoGraph" not in caplog.text
+
+
 # Memory of long prompts
 
 
