@@ -7,11 +7,18 @@ import keras
 from keras_ssattn._typing import Tensor
 
 
-def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+def compile_function(
+    function: Callable, variables: list[keras.Variable], consumed: tuple[int, ...] = ()
+) -> Callable:
     """Compiles a function of tensors that reads `variables` and changes nothing.
 
     By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
     TensorFlow. PyTorch runs it eagerly, without gradients.
+
+    Args:
+        function: of tensors.
+        variables: all that it reads.
+        consumed: which of its arguments are of no use after a call: JAX writes results over them.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -22,7 +29,7 @@ def compile_function(function: Callable, variables: list[keras.Variable]) -> Cal
             with keras.StatelessScope(state_mapping=mapping):
                 return function(*args)
 
-        compiled = jax.jit(stateless)
+        compiled = jax.jit(stateless, donate_argnums=[1 + i for i in consumed])
         return lambda *args: compiled([v.value for v in variables], *args)
     if backend == "tensorflow":
         import tensorflow as tf
@@ -45,12 +52,18 @@ class CompiledFunctions:
         self.functions: dict[Hashable, Callable] = {}
         self.variables: list[keras.Variable] = []
 
-    def get(self, options: Hashable, make: Callable, variables: list[keras.Variable]) -> Callable:
+    def get(
+        self,
+        options: Hashable,
+        make: Callable,
+        variables: list[keras.Variable],
+        consumed: tuple[int, ...] = (),
+    ) -> Callable:
         """The one of these options, compiled from what `make()` returns if there is none."""
         if [id(v) for v in variables] != [id(v) for v in self.variables]:
             # as after quantization: those of the variables before would keep them in memory
             self.functions.clear()
             self.variables = list(variables)
         if options not in self.functions:
-            self.functions[options] = compile_function(make(), variables)
+            self.functions[options] = compile_function(make(), variables, consumed)
         return self.functions[options]

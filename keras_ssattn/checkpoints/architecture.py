@@ -132,7 +132,10 @@ def architecture_of(model: Layer) -> Architecture:
 def _rotary_of(layer: RotaryEmbedding) -> Rotary:
     if type(layer) is not RotaryEmbedding:
         raise ValueError(f"no Hugging Face family has these positions. Received: rotary={layer!r}")
-    return Rotary(layer.theta, layer.fraction, sorted_pairs(layer.scaling or {}))
+    scaling = layer.scaling or {}
+    if scaling.get("type") == "yarn":  # a file always has them
+        scaling = {"beta_fast": 32, "beta_slow": 1, "truncate": True, **scaling}
+    return Rotary(layer.theta, layer.fraction, sorted_pairs(scaling))
 
 
 def sorted_pairs(scaling: Config) -> tuple[tuple[str, Option], ...]:

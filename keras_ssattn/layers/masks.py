@@ -66,8 +66,10 @@ class PacksSegments:
     """
 
     def __call__(self, *args: Option, **kwargs: Option) -> Tensor:
-        if len(args) > 2 and len(args) > (place := _place_of_segments(self.call)):  # type: ignore[attr-defined]
-            args = (*args[:place], *compress_ids(args[place]), *args[place + 1 :])
+        if len(args) > 2:  # no `:=`, of which TensorFlow's AutoGraph would warn
+            place = _place_of_segments(self.call)  # type: ignore[attr-defined]
+            if len(args) > place:
+                args = (*args[:place], *compress_ids(args[place]), *args[place + 1 :])
         if kwargs.get("segment_ids") is not None:
             (kwargs["segment_ids"],) = compress_ids(kwargs["segment_ids"])
         index = kwargs.get("cache_index")

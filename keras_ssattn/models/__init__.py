@@ -2,7 +2,7 @@
 
 from keras_ssattn.conversion.convert import convert_attention
 from keras_ssattn.models.causal_lm import CausalLM
-from keras_ssattn.models.generation import generate
+from keras_ssattn.models.generation import generate, stream
 from keras_ssattn.models.presets import layer_pattern
 from keras_ssattn.models.sequence import SequenceModel, build, output_size
 
@@ -14,4 +14,5 @@ __all__ = [
     "generate",
     "layer_pattern",
     "output_size",
+    "stream",
 ]

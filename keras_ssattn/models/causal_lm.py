@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import ClassVar
 
 import keras
@@ -55,7 +55,7 @@ from keras_ssattn.layers.per_layer import (
 )
 from keras_ssattn.layers.projection import PROJECTIONS, check_biases
 from keras_ssattn.layers.transformer import check_expansion
-from keras_ssattn.models.generation import generate
+from keras_ssattn.models.generation import generate, stream
 from keras_ssattn.models.presets import CONFIGURATIONS
 from keras_ssattn.models.token_head import TokenHead
 from keras_ssattn.ops import Cache, Visibility
@@ -412,6 +412,16 @@ class CausalLM(PacksSegments, keras.Model):
             A list of int32 arrays, one for each prompt.
         """
         return generate(self, prompts, max_new_tokens, **options)
+
+    def stream(
+        self, prompts: ArrayLike, max_new_tokens: int, **options: Option
+    ) -> Iterator[np.ndarray]:
+        """The tokens of `generate` as they come, an int32 array `[B]` for each step.
+
+        It takes what `generate` takes, and gives -1 for rows that have ended; see
+        `keras_ssattn.models.stream`.
+        """
+        return stream(self, prompts, max_new_tokens, **options)
 
     def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""

@@ -1,7 +1,7 @@
-"""Text from a causal language model: prefill, then a compiled loop of one token at a time."""
+"""Text from a causal language model: prefill, then one token at a time, all at once or streamed."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -76,38 +76,78 @@ def generate(
     References: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p);
     arXiv 2407.01082 (min-p); Keskar et al., arXiv 1909.05858 (repetition penalty).
     """
-    check_integer("max_new_tokens", max_new_tokens)
-    count = check_integer("num_return_sequences", num_return_sequences)
-    prefill_size = check_integer("prefill_size", prefill_size, optional=True)
-    draws_from = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    _check_sampling(temperature, draws_from, repetition_penalty, count, model.vocabulary_size)
-    seed = check_integer("seed", seed, least=0, optional=True)
-    sync_state(model)
-    rows = _check_tokens("prompts", prompts, model.vocabulary_size)
-    if model.padding_id is not None:  # padding itself attends to nothing
-        rows = [_without_padding(row, model.padding_id) for row in rows]
-    if not isinstance(stop_tokens, Iterable):
-        raise TypeError(f"`stop_tokens` must be token ids. Received: stop_tokens={stop_tokens!r}")
-    stops = tuple(
-        np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
-    )
-    rows = [row for row in rows for _ in range(count)]
-    tokens, mask = _pad_left(rows, prefill_size)
-    if seed is None:
-        seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
-    draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
-    choice = Choice(
-        temperature > 0, top_k, top_p is not None, min_p is not None,
-        repetition_penalty is not None, tuple(int(x) for x in stops), prefill_size,
+    plan = _plan(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+        num_return_sequences, stop_tokens, prefill_size, seed,
     )  # fmt: skip
-    decode = model.generators.get(
-        (choice, model.rotary_state()), lambda: _make_decoder(model, choice), model.variables
-    )
-    temperature = max(float(temperature), LOWEST_TEMPERATURE)
-    settings = (temperature, top_p or 1.0, min_p or 0.0, repetition_penalty or 1.0)
-    inputs = (tokens, mask, draws, np.array(settings, "float32"), _met(rows, choice, model))
-    new = ops.convert_to_numpy(decode(*(ops.convert_to_tensor(x) for x in inputs)))
-    return [_until(row, stops) for row in new]
+    decode = _compiled(model, plan.choice, _make_decoder)
+    new = ops.convert_to_numpy(decode(*map(ops.convert_to_tensor, plan.inputs())))
+    return [_until(row, plan.choice.stops) for row in new]
+
+
+def stream(
+    model: Layer,
+    prompts: ArrayLike,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_return_sequences: int = 1,
+    stop_tokens: Iterable[int] = (),
+    prefill_size: int | None = None,
+    seed: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, as they come.
+
+    The arguments are those of `generate`, and are checked at the call. The prompts are read when
+    the first tokens are asked for; then a compiled step gives those that follow. A loop that is
+    left early costs nothing more.
+
+    Returns:
+        An iterator over int32 arrays `[B]`, the next token of each row, where B is the number of
+        prompts times `num_return_sequences`. It is -1 for a row that has had a stop token; the
+        iterator ends with the last row.
+
+    Raises:
+        TypeError: as `generate`.
+        ValueError: as `generate`.
+
+    Example:
+
+    >>> from keras_ssattn.models import CausalLM, stream
+    >>> model = CausalLM(vocabulary_size=50, hidden_size=16, num_layers=1, num_heads=2)
+    >>> steps = stream(model, [[1, 2, 3], [4]], 3, temperature=0.8, seed=0)
+    >>> [tokens.shape for tokens in steps]
+    [(2,), (2,), (2,)]
+    """
+    plan = _plan(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+        num_return_sequences, stop_tokens, prefill_size, seed,
+    )  # fmt: skip
+
+    def tokens() -> Iterator[np.ndarray]:
+        choice = plan.choice._replace(stops=())  # which are looked for outside of what is compiled
+        start = _compiled(model, choice, _make_start)
+        step = _compiled(model, choice, _make_step, consumed=(3,))
+        inputs = tuple(map(ops.convert_to_tensor, plan.inputs()))
+        settings = inputs[3]
+        state = start(*inputs)
+        ended = np.zeros(len(plan.tokens), "bool")
+        for i in range(max_new_tokens):
+            if i > 0:
+                position = np.int32(plan.tokens.shape[1] + i - 1)
+                position, draw = map(ops.convert_to_tensor, (position, plan.draws[i]))
+                state = step(position, *state, draw, settings)
+            new = np.where(ended, -1, ops.convert_to_numpy(state[0])).astype("int32")
+            yield new
+            ended |= np.isin(new, plan.choice.stops)
+            if ended.all():
+                return
+
+    return tokens()
 
 
 class Choice(NamedTuple):
@@ -147,6 +187,75 @@ class Choice(NamedTuple):
         return ops.logical_or(met, ops.expand_dims(token, 1) == ops.arange(met.shape[1]))
 
 
+class Plan(NamedTuple):
+    """What `generate` is asked for, checked, with prompts padded on the left.
+
+    Attributes:
+        tokens: integers `[B, T]`.
+        mask: boolean `[B, T]`, False at padding.
+        draws: floats `[N, B]`, uniform in [0, 1).
+        settings: temperature, `top_p`, `min_p` and penalty.
+        met: boolean `[B, V]`, which tokens the prompts have; `[B, 1]` where nobody asks.
+        choice: what functions are compiled for.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    draws: np.ndarray
+    settings: np.ndarray
+    met: np.ndarray
+    choice: Choice
+
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """Those of the compiled functions."""
+        return self[:5]
+
+
+def _plan(
+    model: Layer,
+    prompts: ArrayLike,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    num_return_sequences: int,
+    stop_tokens: Iterable[int],
+    prefill_size: int | None,
+    seed: int | None,
+) -> Plan:
+    """Checks the arguments of `generate` and draws its numbers."""
+    check_integer("max_new_tokens", max_new_tokens)
+    count = check_integer("num_return_sequences", num_return_sequences)
+    prefill_size = check_integer("prefill_size", prefill_size, optional=True)
+    draws_from = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    _check_sampling(temperature, draws_from, repetition_penalty, count, model.vocabulary_size)
+    seed = check_integer("seed", seed, least=0, optional=True)
+    sync_state(model)
+    rows = _check_tokens("prompts", prompts, model.vocabulary_size)
+    if model.padding_id is not None:  # padding itself attends to nothing
+        rows = [_without_padding(row, model.padding_id) for row in rows]
+    if not isinstance(stop_tokens, Iterable):
+        raise TypeError(f"`stop_tokens` must be token ids. Received: stop_tokens={stop_tokens!r}")
+    stops = tuple(
+        np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
+    )
+    rows = [row for row in rows for _ in range(count)]
+    tokens, mask = _pad_left(rows, prefill_size)
+    if seed is None:
+        seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
+    draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
+    choice = Choice(
+        temperature > 0, top_k, top_p is not None, min_p is not None,
+        repetition_penalty is not None, tuple(int(x) for x in stops), prefill_size,
+    )  # fmt: skip
+    temperature = max(float(temperature), LOWEST_TEMPERATURE)
+    settings = (temperature, top_p or 1.0, min_p or 0.0, repetition_penalty or 1.0)
+    met = _met(rows, choice, model)
+    return Plan(tokens, mask, draws, np.array(settings, "float32"), met, choice)
+
+
 def _pad_left(rows: list[np.ndarray], prefill_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[B, T]` and their mask; T is such that few lengths are compiled for."""
     longest = max(len(row) for row in rows)
@@ -171,14 +280,55 @@ def _met(rows: list[np.ndarray], choice: Choice, model: Layer) -> np.ndarray:
     return met
 
 
-def _make_decoder(
-    model: Layer, choice: Choice
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The function that gives N new tokens `[B, N]`.
+def _compiled(
+    model: Layer,
+    choice: Choice,
+    make: Callable[[Layer, Choice], Callable],
+    consumed: tuple[int, ...] = (),
+) -> Callable:
+    """The function that `make` makes of a model, compiled once for a choice."""
+    options = (make.__name__, choice, model.rotary_state())
+    return model.generators.get(options, lambda: make(model, choice), model.variables, consumed)
 
-    Of tokens `[B, T]`, their mask, draws `[N, B]`, temperature, `top_p`, `min_p` and penalty, and
-    the tokens met.
+
+def _make_start(model: Layer, choice: Choice) -> Callable:
+    """The function that reads the prompts.
+
+    Of tokens `[B, T]`, their mask, draws `[N, B]`, settings and the tokens met, it gives the first
+    new tokens `[B]`, the tokens met, and the cache.
     """
+
+    def start(
+        tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor, met: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length = tokens.shape
+        cache = model.make_cache(batch, length + draws.shape[0])
+        size = length if choice.prefill_size is None else min(choice.prefill_size, length)
+        for i in range(0, length, size):
+            part = slice(i, i + size)
+            logits, cache = model.next_logits(tokens[:, part], cache, i, mask[:, part])
+        token = choice.choose(logits, draws[0], settings, met)
+        return token, choice.meet(met, token), cache
+
+    return start
+
+
+def _make_step(model: Layer, choice: Choice) -> Callable:
+    """The function that reads one token of each row, at a position, and gives what `start` does."""
+
+    def step(
+        position: Size, token: Tensor, met: Tensor, cache: Tensor, draw: Tensor, settings: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, cache = model.next_logits(ops.expand_dims(token, 1), cache, position)
+        token = choice.choose(logits, draw, settings, met)
+        return token, choice.meet(met, token), cache
+
+    return step
+
+
+def _make_decoder(model: Layer, choice: Choice) -> Callable:
+    """The function that gives all new tokens `[B, N]`, of what `start` takes."""
+    start, step = _make_start(model, choice), _make_step(model, choice)
 
     def decode(
         tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor, met: Tensor
@@ -186,29 +336,22 @@ def _make_decoder(
         batch, length = tokens.shape
         count = draws.shape[0]
 
-        def unfinished(i: Size, _token: Tensor, done: Tensor, *_: Tensor) -> Tensor:
+        def put(new: Tensor, i: Size, done: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+            new = ops.slice_update(new, place(0, i), ops.expand_dims(token, 1))
+            return new, ops.logical_or(done, choice.ends(token))
+
+        def unfinished(i: Size, _new: Tensor, done: Tensor, *_: Tensor) -> Tensor:
             return ops.logical_and(i < count, ops.logical_not(ops.all(done)))
 
-        def step(
-            i: Size, token: Tensor, done: Tensor, met: Tensor, new: Tensor, cache: Tensor
-        ) -> tuple:
-            logits, cache = model.next_logits(ops.expand_dims(token, 1), cache, length + i - 1)
-            token = choice.choose(logits, draws[i], settings, met)
-            new = ops.slice_update(new, place(0, i), ops.expand_dims(token, 1))
-            done = ops.logical_or(done, choice.ends(token))
-            return i + 1, token, done, choice.meet(met, token), new, cache
+        def body(i: Size, new: Tensor, done: Tensor, *state: Tensor) -> tuple:
+            state = step(length + i - 1, *state, draws[i], settings)
+            return i + 1, *put(new, i, done, state[0]), *state
 
-        cache = model.make_cache(batch, length + count)
-        size = length if choice.prefill_size is None else min(choice.prefill_size, length)
-        for i in range(0, length, size):
-            part = slice(i, i + size)
-            logits, cache = model.next_logits(tokens[:, part], cache, i, mask[:, part])
-        token = choice.choose(logits, draws[0], settings, met)
-        new = ops.zeros((batch, count), "int32")
-        new = ops.slice_update(new, (0, 0), ops.expand_dims(token, 1))
-        start = ops.convert_to_tensor(1, "int32")
-        state = (start, token, choice.ends(token), choice.meet(met, token), new, cache)
-        return ops.while_loop(unfinished, step, state)[4]
+        state = start(tokens, mask, draws, settings, met)
+        new, done = ops.zeros((batch, count), "int32"), ops.zeros((batch,), "bool")
+        first = ops.convert_to_tensor(1, "int32")
+        loop = (first, *put(new, 0, done, state[0]), *state)
+        return ops.while_loop(unfinished, body, loop)[1]
 
     return decode
 

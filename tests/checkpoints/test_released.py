@@ -15,12 +15,15 @@ from support.helpers import predict, to_numpy
 
 from keras_ssattn.checkpoints.architecture import architecture_of
 from keras_ssattn.checkpoints.safetensors import ToStore, read_header, write_file
-from keras_ssattn.layers import PositionTemperature, Softmax, SSMax
+from keras_ssattn.layers import PositionTemperature, RotaryEmbedding, Softmax, SSMax
 from keras_ssattn.models import CausalLM
 
 DATA = TESTS / "data" / "huggingface"
 NAMES = sorted(path.name for path in DATA.iterdir())
 GENERATED = ("gemma", "llama3", "ministral3", "phi3_partial", "smollm3_windows")  # each compiles
+QUANTIZED = [(x, mode) for x in ("gemma", "ministral3") for mode in ("int8", "int4")]
+if keras.backend.backend() != "torch":  # the others compile each of them four times
+    QUANTIZED = QUANTIZED[-1:]
 INSIDE = ("mistral3", "float8")  # of a model that sees images, too
 TOLERANCE = 5e-5  # of the deviation of the logits: `transformers` itself rounds by that much
 
@@ -148,6 +151,15 @@ def test_a_model_that_came_from_no_folder_is_written(tmp_path):
     assert (config["model_type"], config["max_position_embeddings"]) == ("mistral", 99)
 
 
+def test_a_scaling_without_what_has_defaults_is_written(tmp_path):
+    scaling = {"type": "yarn", "factor": 4.0, "original_length": 8}
+    model = CausalLM(13, 12, 1, 2, normalizer="softmax", rotary=RotaryEmbedding(scaling=scaling))
+    model.to_huggingface(tmp_path)
+    x = np.arange(12)[None]
+    loaded = CausalLM.from_huggingface(tmp_path)
+    np.testing.assert_array_equal(predict(loaded, x), predict(model, x))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,6 +189,36 @@ def test_a_quantized_model_is_not_written(tmp_path):
     model.quantize("int8")
     with pytest.raises(ValueError, match="no place for a model that is quantized"):
         model.to_huggingface(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize(("name", "mode"), QUANTIZED)
+def test_a_loaded_model_with_integer_weights(name, mode, tmp_path):
+    """Its logits correlate with those before; it generates, and is the same when saved and read."""
+    model, x = load(name, dtype="float32"), np.arange(3, 40)[None]
+    for block in model.blocks:  # whose weights would turn on the smallest error
+        kernel = block.attention.query_dense.kernel
+        kernel.assign(0.1 * to_numpy(kernel))
+    expected = predict(model, x)
+    quantize(model, mode)
+    found = predict(model, x)
+    least = {"int8": 0.999, "int4": 0.9}[mode]
+    assert least < np.corrcoef(found.ravel(), expected.ravel())[0, 1] < 1.0
+    layers = [layer for block in model.blocks for layer in block.projections()]
+    assert {layer.quantization_mode for layer in layers} == {mode}
+    new = model.generate(x, 4)
+    np.testing.assert_array_equal(new[0][0], found[0, -1].argmax())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(predict(loaded, x), found, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(loaded.generate(x, 4), new)
+
+
+def quantize(model, mode):
+    try:
+        model.quantize(mode)
+    except (ValueError, NotImplementedError):
+        pytest.skip(f"this Keras has no {mode}")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Tokens that a language model generates."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from support.cases import VOCABULARY, randomize, tokens
 from support.helpers import to_numpy
 from support.language import OPTIONS, PROMPTS, assert_greedy, language_model, make
 
-from keras_ssattn.models import CausalLM, generate
+from keras_ssattn.models import CausalLM, generate, stream
 from keras_ssattn.models.generation import sample
 
 
@@ -281,3 +283,163 @@ def test_prompts_read_in_parts_give_the_same(options, size):
 def test_errors_of_these_options(options, message):
     with pytest.raises(ValueError, match=message):
         language_model(num_layers=1).generate(PROMPTS, 2, **options)
+
+
+# Tokens as they come
+
+
+def gather(steps):
+    """The new tokens of each row, from those of each step."""
+    steps = [*steps]
+    assert {(step.dtype, step.shape) for step in steps} == {(np.dtype("int32"), steps[0].shape)}
+    return [[int(x) for x in row if x >= 0] for row in np.stack(steps, axis=1)]
+
+
+STREAMED = {
+    "greedy, read in parts": {"prefill_size": 3},
+    "drawn": {"temperature": 1.5, "top_k": 9, "top_p": 0.95, "min_p": 0.01, "seed": 3,
+              "repetition_penalty": 1.7, "num_return_sequences": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STREAMED)
+def test_a_stream_has_the_tokens_of_generate(options):
+    model, options = language_model(), STREAMED[options]
+    steps = [*model.stream(PROMPTS, 7, **options)]
+    expected = model.generate(PROMPTS, 7, **options)
+    assert len(steps) == 7
+    assert gather(steps) == [row.tolist() for row in expected]
+
+
+def test_a_stream_of_a_model_with_padding():
+    model = make("padding")
+    assert_greedy(model, PROMPTS, gather(model.stream(PROMPTS, 6)))
+
+
+def test_a_stream_ends_with_the_last_row():
+    model, options = language_model(num_layers=1), {"temperature": 3.0, "seed": 2}
+    free = [row.tolist() for row in model.generate(PROMPTS, 12, **options)]
+    cuts = [{len(row) for row in cut(free, stops)} for stops in STOPS]
+    stops = STOPS[[len(lengths) > 1 and max(lengths) < 12 for lengths in cuts].index(True)]
+    steps = [*model.stream(PROMPTS, 12, stop_tokens=stops, **options)]
+    expected = cut(free, stops)
+    assert gather(steps) == expected
+    assert len(steps) == max(map(len, expected))
+    for row, tokens_of_row in zip(expected, np.stack(steps, axis=1), strict=True):
+        assert (tokens_of_row[len(row) :] == -1).all()
+
+
+STOPS = [*itertools.combinations(range(VOCABULARY), 3)]
+
+
+def cut(rows, stops):
+    """The rows up to and with the first of these tokens."""
+    ends = [next((i + 1 for i, x in enumerate(row) if x in stops), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+@pytest.mark.backend("torch", reason="the others run what they have traced")
+def test_a_stream_that_is_left_computes_nothing_more(monkeypatch):
+    model, calls = language_model(num_layers=1), []
+    monkeypatch.setattr(
+        model, "next_logits", lambda *a: calls.append(1) or CausalLM.next_logits(model, *a)
+    )
+    expected = [row.tolist() for row in model.generate(PROMPTS, 3)]
+    calls.clear()
+    found, steps = [], model.stream(PROMPTS, 50)
+    assert not calls
+    for step in steps:
+        found.append(step)
+        if len(found) == 3:
+            break
+    assert gather(found) == expected
+    assert len(calls) == 3
+    assert gather(model.stream(PROMPTS, 3)) == expected
+
+
+def test_streams_may_go_on_side_by_side():
+    model = language_model(num_layers=1)
+    expected = [model.generate([prompt], 5)[0].tolist() for prompt in PROMPTS]
+    streams = [model.stream([prompt], 5) for prompt in PROMPTS]
+    found = [np.concatenate(tokens) for tokens in zip(*streams, strict=True)]
+    assert gather(found) == expected
+
+
+def test_a_step_is_compiled_once():
+    model, stops = language_model(num_layers=1), [(), [3], [4, 5]]
+    for seed, stop_tokens in enumerate(stops):
+        options = {"temperature": 1.0 + seed, "seed": seed, "stop_tokens": stop_tokens}
+        [*model.stream(PROMPTS, 4, **options)]
+    assert len(model.generators.functions) == 2  # one for prompts, one for steps
+
+
+def test_a_stream_follows_the_seed_of_keras():
+    model, found = language_model(num_layers=1), []
+    for function in (model.generate, lambda *a, **k: gather(model.stream(*a, **k))):
+        keras.utils.set_random_seed(5)
+        found.append([list(row) for row in function(PROMPTS, 9, temperature=3.0)])
+    assert found[0] == found[1]
+
+
+def test_errors_of_a_stream_come_at_the_call():
+    model = language_model(num_layers=1)
+    with pytest.raises(ValueError, match="`prompts` must be from 0 to 12"):
+        stream(model, [[99]], 3)
+    with pytest.raises(ValueError, match="`top_k` and `top_p` go with a `temperature`"):
+        model.stream(PROMPTS, 3, top_k=2)
+    with pytest.raises(ValueError, match="`max_new_tokens` must be a positive integer"):
+        model.stream(PROMPTS, 0)
+    with pytest.raises(TypeError, match="stream.* got an unexpected keyword argument 'top'"):
+        model.stream(PROMPTS, 3, top=2)
+
+
+@pytest.mark.backend("tensorflow", reason="AutoGraph is TensorFlow's")
+def test_autograph_has_nothing_to_warn_of(caplog):
+    import tensorflow as tf
+
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        language_model(num_layers=1).generate(PROMPTS, 1)
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert "AutoGraph" not in caplog.text
+
+
+# Memory of long prompts
+
+
+def test_a_prompt_read_in_parts_has_logits_of_its_last_token_alone(monkeypatch):
+    model, seen = language_model(num_layers=1), []
+
+    def next_logits(tokens, cache, *args):
+        logits, cache = CausalLM.next_logits(model, tokens, cache, *args)
+        seen.append((tuple(tokens.shape), tuple(logits.shape)))
+        return logits, cache
+
+    monkeypatch.setattr(model, "next_logits", next_logits)
+    model.generate([[*range(12)] * 8], 1, prefill_size=16)  # 96 tokens
+    assert seen[:6] == [((1, 16), (1, VOCABULARY))] * 6
+    assert set(seen[6:]) <= {((1, 1), (1, VOCABULARY))}
+
+
+@pytest.mark.backend("torch", reason="it runs what others compile, and shows every tensor")
+def test_no_tensor_of_a_prompt_read_in_parts_is_of_its_length_squared():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.update(x.numel() for x in tree_leaves(out) if hasattr(x, "numel"))
+            return out
+
+    model, length, largest = CausalLM(300, 16, 1, 2, sliding_window=200), 512, {}
+    prompt = [np.arange(length) % 300]
+    for part in (None, 32):
+        sizes = set()
+        with Sizes():
+            model.generate(prompt, 2, prefill_size=part)
+        largest[part] = max(sizes)
+    assert largest[None] >= length * length
+    # logits of attention of one part, by head; logits of tokens would be 512 x 300
+    assert largest[32] <= 2 * 32 * (length + 2)
