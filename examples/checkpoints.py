@@ -88,11 +88,11 @@ class Settings:
     original_length: int = 16  # of positions, before YaRN: a quarter of the length of training
     factor: float = 16.0
     batch_size: int = 16
-    steps: int = 800
+    steps: int = 600
     tuning_steps: int = 100
     num_seeds: int = 2
     num_files: int | None = None  # of text; None for all
-    num_windows: int = 128  # of the text that models are compared on
+    num_windows: int = 96  # of the text that models are compared on
     num_checked: int = 4  # of these, for the comparison of backends
     new_tokens: int = 24
     bin_size: int = 16  # positions whose losses are averaged
@@ -217,7 +217,8 @@ def measure(model, windows, settings):
     logits -= logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits).sum(-1))
     losses = log_sum - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
-    return losses.mean(0).reshape(-1, settings.bin_size).mean(-1).tolist()
+    losses = losses.mean(0).reshape(-1, settings.bin_size).mean(-1)
+    return losses.round(5).tolist()
 
 
 def complete(model, tokenizer, settings):
@@ -286,7 +287,7 @@ def run(settings, seed, tokenizer, texts, backends):
                 written[name] = complete(loaded, tokenizer, settings)
             found = [keras.ops.convert_to_numpy(w) for w in loaded.weights if w.name == "s"]
             if found:
-                scales[name] = np.round(found, 4).tolist()
+                scales[name] = np.array(found, "float64").round(4).tolist()
     return {"losses": losses, "s": scales, "texts": written, "checks": checks}
 
 
