@@ -1,11 +1,13 @@
 """What a language model computes, in plain values: between config.json and `CausalLM`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from keras_ssattn._keras.serialization import Specification
 from keras_ssattn._typing import Config, Layer, NormName, Option
 from keras_ssattn.layers import LengthScale, PositionTemperature, RotaryEmbedding, Softmax
+from keras_ssattn.layers.feed_forward import get_activation
 from keras_ssattn.layers.per_layer import one_or_each
 from keras_ssattn.layers.projection import has_bias
 
@@ -95,13 +97,15 @@ def architecture_of(model: Layer) -> Architecture:
     """
     layers = [block.attention for block in model.blocks]
     first, feed_forward = layers[0], model.blocks[0].feed_forward
-    rotaries = {_rotary_of(layer.rotary) for layer in layers if layer.rotary is not None}
+    rotaries = {
+        _rotary_of(layer.rotary, layer.key_dim) for layer in layers if layer.rotary is not None
+    }
     temperatures = {_temperature_of(layer.normalizer) for layer in layers}
     for name, found, fits in (
         ("use_gate", model.use_gate, not model.use_gate),
         ("ffn_type", model.ffn_type, model.ffn_type == "gated"),
         ("norm", model.norm, model.norm != "layer_norm"),
-        ("rotary", model.get_config()["rotary"], len(rotaries) == 1),
+        ("rotary", model.get_config()["rotary"], len(rotaries) <= 1),
         ("normalizer", [layer.normalizer for layer in layers], len(temperatures) == 1),
         ("norm_epsilon", model.norm_epsilon, not model.qk_norm or model.norm_epsilon),
     ):
@@ -116,10 +120,10 @@ def architecture_of(model: Layer) -> Architecture:
         num_kv_heads=first.num_kv_heads,
         key_dim=first.key_dim,
         norm_epsilon=model.blocks[0].attention_norm.epsilon,
-        rotary=rotaries.pop(),
+        rotary=rotaries.pop() if rotaries else Rotary(1e4),
         has_positions=tuple(layer.rotary is not None for layer in layers),
         windows=tuple(layer.sliding_window for layer in layers),
-        activation=feed_forward.activation.__name__,
+        activation=_name_of(feed_forward.activation),
         norm=model.norm,
         biases=tuple(name for name in BIASED if has_bias(model.use_bias, name)),
         qk_norm=model.qk_norm,
@@ -129,13 +133,27 @@ def architecture_of(model: Layer) -> Architecture:
     )
 
 
-def _rotary_of(layer: RotaryEmbedding) -> Rotary:
+def _name_of(activation: Callable) -> str:
+    """The name that stands for a function, which another of the same name is not."""
+    name = getattr(activation, "__name__", None)
+    try:
+        if isinstance(name, str) and get_activation(name) is activation:
+            return name
+    except ValueError:
+        pass
+    raise ValueError(
+        f"no Hugging Face family has a function of one's own. Received: activation={activation!r}"
+    )
+
+
+def _rotary_of(layer: RotaryEmbedding, key_dim: int) -> Rotary:
     if type(layer) is not RotaryEmbedding:
         raise ValueError(f"no Hugging Face family has these positions. Received: rotary={layer!r}")
     scaling = layer.scaling or {}
     if scaling.get("type") == "yarn":  # a file always has them
         scaling = {"beta_fast": 32, "beta_slow": 1, "truncate": True, **scaling}
-    return Rotary(layer.theta, layer.fraction, sorted_pairs(scaling))
+    size = 2 * int(layer.fraction * key_dim / 2 + 1e-6)  # as the layer rounds it
+    return Rotary(layer.theta, size / key_dim, sorted_pairs(scaling))
 
 
 def sorted_pairs(scaling: Config) -> tuple[tuple[str, Option], ...]:

@@ -13,15 +13,19 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
+from keras_ssattn._checks import check_number
 from keras_ssattn._keras.initializing import weights_from
 from keras_ssattn._typing import Config, DType, Layer, Option, Shape, Tensor
 from keras_ssattn.checkpoints.architecture import Architecture, architecture_of
 from keras_ssattn.checkpoints.families import FAMILIES, Family, family_of
 from keras_ssattn.checkpoints.fields import WITHOUT_EFFECT, Fields
-from keras_ssattn.checkpoints.folder import read_config, read_headers
+from keras_ssattn.checkpoints.folder import read_config, read_headers, remove_superseded
 from keras_ssattn.checkpoints.names import EMBEDDING, HEAD, PREFIXES, Place, layout
-from keras_ssattn.checkpoints.safetensors import Stored, ToStore, write_folder
+from keras_ssattn.checkpoints.safetensors import Stored, ToStore, write_folder, write_text
 
+# Fields of a written file that follow from the model, and those that mean none where they are null.
+FIXED = {"architectures", "dtype", "is_causal", "model_type", "torch_dtype"}
+TOKENS: Config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # Tensors that a text model has no use for, or that follow from config.json.
@@ -145,7 +149,9 @@ class Checkpoint:
         progress, read = Progress(len(places)), set()
 
         def source(path: str, shape: Shape, dtype: DType) -> Tensor:
-            place = kernels.get(path.partition("/")[2])
+            parts = path.split("/")  # a model may be made in the scope of other names
+            inner = ("/".join(parts[i:]) for i in range(len(parts)))
+            place = next((kernels[x] for x in inner if x in kernels), None)
             if place is None or keras.distribution.distribution() is not None:
                 return None  # Keras would put all of it on one device
             if math.prod(shape) != self._count(place):
@@ -214,7 +220,7 @@ class Checkpoint:
         stored = self.tensors[place.name]
         array = stored.read(place.first, place.end)
         if stored.dtype == FLOAT8:
-            array = (array.astype("float32") * self._scale(place.name)).astype(ml_dtypes.bfloat16)
+            array = array.astype("float32") * self._scale(place.name)
         return array.T if place.transposed else array
 
 
@@ -224,8 +230,9 @@ def _text_config(config: Config, where: str) -> Config:
     text = fields.take("text_config")
     if not isinstance(text, dict):
         fields.refuse("text_config", text, "an object")
-    inner = {"tie_word_embeddings": True, **text}  # in this order of precedence
-    for name in ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config"):
+    inner = {"model_type": "mistral", **text}
+    inner["tie_word_embeddings"] = fields.take("tie_word_embeddings", True)  # that of text is not
+    for name in ("dtype", "torch_dtype", "quantization_config"):
         inner[name] = fields.take(name, inner.get(name))
     fields.finish(
         WITHOUT_EFFECT
@@ -252,7 +259,8 @@ def _read_quantization(found: Config | None) -> bool:
 
 def _variables(model: Layer) -> dict[str, keras.Variable]:
     """The weights of a model by their paths inside it."""
-    return {weight.path.removeprefix(model.name + "/"): weight for weight in model.weights}
+    start = model.token_embedding.path.removesuffix(model.token_embedding.name)
+    return {weight.path.removeprefix(start): weight for weight in model.weights}
 
 
 def _equal(first: Stored, second: Stored, rows: int = 4096) -> bool:
@@ -303,15 +311,23 @@ def write_checkpoint(
 ) -> None:
     """Writes a model's config.json and weights; see `CausalLM.to_huggingface`."""
     folder, kept = pathlib.Path(folder), kept or {}
+    largest = check_number("max_shard_size", largest, "a positive number", lambda x: x > 0)
+    for name in FIXED & fields.keys():
+        raise ValueError(f"`fields` must not have {name!r}. Received: {fields}")
     family, config = _config_of(architecture_of(model), kept.get("model_type"))
     variables = _variables(model)
     first = variables[EMBEDDING.variable]
     dtype = keras.utils.standardize_dtype(first.dtype)
-    config = {**kept, **config, "dtype": dtype}
+    config = {**TOKENS, **kept, **config, "dtype": dtype}
     config.pop("torch_dtype", None)
+    if model.padding_id is not None:
+        config["pad_token_id"] = model.padding_id
     if family.read({**config, **fields}) != family.read(config):
         raise ValueError(f"`fields` must not change the model. Received: {fields}")
-    config |= fields
+    try:
+        text = json.dumps({**config, **fields}, indent=2, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise ValueError(f"`fields` must be values of JSON. Received: {fields}") from error
     places, shapes = layout(architecture_of(model), family.fused)
     parts: dict[str, list[Place]] = {}
     for place in places:
@@ -329,8 +345,9 @@ def write_checkpoint(
         return ToStore(own, shapes[name], lambda: _joined(found, shapes[name]))
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_folder(folder, {name: tensor(name) for name in shapes}, largest)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    written = write_folder(folder, {name: tensor(name) for name in shapes}, largest)
+    write_text(folder / "config.json", text)
+    remove_superseded(folder, written)
 
 
 def _joined(parts: list[tuple[keras.Variable, Place]], shape: tuple[int, ...]) -> np.ndarray:
@@ -349,6 +366,8 @@ def _config_of(model: Architecture, name: str | None) -> tuple[Family, Config]:
     """The family that can express a model, that of `name` if there is one, and its config.json."""
     families = [FAMILIES[name]] if name in FAMILIES else list(FAMILIES.values())
     for family in families:
+        if family.name == "llama" and model.hidden_size % model.num_heads:
+            continue  # transformers refuses it, though it has a `head_dim`
         config = family.write(model)
         try:
             if family.read(config) == model:

@@ -22,6 +22,12 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 TYPES = ("full_attention", "sliding_attention")
+# `rope_parameters` of Ministral 3 where a file has none.
+MINISTRAL3: Config = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
+    "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Family:
     Attributes:
         name: its `model_type`.
         model_class: of transformers.
-        defaults: of fields that a file may lack.
+        defaults: of fields that a file may lack; `rope_parameters` stands for all of them.
         biases: names of the parts that always have biases.
         bias_fields: fields that say whether other parts have them.
         windows: `"one"` for all layers, `"typed"` by `layer_types`, or `"switched"`: typed, and
@@ -69,13 +75,15 @@ class Family:
             config = {**config, "num_key_value_heads": config.get("num_attention_heads")}
         fields = Fields(config, where)
         fields.require({**MUST_EQUAL, **self.must_equal})
+        if fields.take("is_causal", True) is not True:  # null, too, would see the future
+            fields.refuse("is_causal", config["is_causal"], "true, or left out")
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         layers = fields.integer("num_hidden_layers")
         if "head_dim" not in config and "head_dim" in self.defaults:
             fields.left["head_dim"] = self.defaults["head_dim"]
         key_dim = fields.integer("head_dim", hidden // heads)
         rotary, temperature = read_positions(
-            fields, key_dim, self.default("rope_theta", 1e4), self.rope_types, self.rope_extras
+            fields, key_dim, self.defaults, self.rope_types, self.rope_extras
         )
         has_positions = self._read_positioned(fields, layers)
         read = Architecture(
@@ -120,8 +128,10 @@ class Family:
             names["gelu"] = "gelu_tanh"
         found = fields.take("hidden_act", self.default("hidden_act", "silu"))
         other = fields.take("hidden_activation") if self.name == "gemma" else None
-        for name, value in (("hidden_act", found), ("hidden_activation", other or found)):
-            if value not in names or names[value] != names.get(found):
+        other = found if other is None else other
+        for name, value in (("hidden_act", found), ("hidden_activation", other)):
+            known = isinstance(value, str) and value in names
+            if not known or names[value] != names[found]:
                 fields.refuse(name, value, f"one of {tuple(names)}")
         return names[found]
 
@@ -152,7 +162,7 @@ class Family:
         window = window if used else None
         if self.windows == "one":
             return (window,) * layers
-        first = fields.integer("max_window_layers", 28) if self.name.startswith("qwen") else 0
+        first = fields.count("max_window_layers", 28) if self.name.startswith("qwen") else 0
         types = fields.each("layer_types", layers, TYPES)
         if types is None:
             local = [i >= first for i in range(layers)]
@@ -178,7 +188,7 @@ class Family:
             "hidden_act": next((x for x, y in ACTIVATIONS.items() if y == model.activation), None),
             "rms_norm_eps": model.norm_epsilon,
             "tie_word_embeddings": model.tied,
-            "rope_parameters": write_positions(model),
+            "rope_parameters": write_positions(model, self.rope_extras),
         }
         if "attention_bias" in self.bias_fields:
             config["attention_bias"] = "attention_output" in model.biases
@@ -201,7 +211,8 @@ FAMILIES = {
     for family in (
         Family(
             "llama", "LlamaForCausalLM", {}, bias_fields=("attention_bias", "mlp_bias"),
-            must_equal={"sliding_window": None},
+            must_equal={"sliding_window": None, "rope_interleaved": False},
+            without_effect=frozenset({"is_llama_config"}),
         ),
         Family(
             "mistral", "MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -215,7 +226,7 @@ FAMILIES = {
         Family(
             "qwen2", "Qwen2ForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096},
             biases=("query", "key", "value"), windows="switched",
-            must_equal={"attention_bias": True, "mlp_bias": False},
+            must_equal={"attention_bias": True, "mlp_bias": False, "use_mrope": False},
         ),
         Family(
             "qwen3", "Qwen3ForCausalLM",
@@ -231,7 +242,8 @@ FAMILIES = {
         ),
         Family(
             "ministral3", "Ministral3ForCausalLM",
-            {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
+            {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+             "rope_parameters": MINISTRAL3},
             rope_extras=("llama_4_scaling_beta",),
             must_equal={"attention_bias": False, "mlp_bias": False},
         ),

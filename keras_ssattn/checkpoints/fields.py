@@ -1,13 +1,14 @@
 """The fields of a config.json, each of which must be asked for before it is left."""
 
-import math
 import numbers
+import sys
 from typing import Any
 
 from keras_ssattn._checks import did_you_mean
 from keras_ssattn._typing import Config, Option
 
 REQUIRED: Any = object()
+LARGEST = sys.float_info.max  # of integers as well: each can be made a float
 
 # Fields that change nothing of what a decoder computes from tokens to logits.
 WITHOUT_EFFECT = frozenset(
@@ -70,9 +71,23 @@ class Fields:
         """An integer of 1 or more; where the field is null, the default."""
         return self._number(name, default, numbers.Integral, "a positive integer")
 
+    def count(self, name: str, default: int) -> int:
+        """An integer of 0 or more; where the field is null, the default."""
+        value = self.left.get(name)
+        zero = type(value) is int and value == 0
+        return self.take(name) if zero else self.integer(name, default)
+
     def number(self, name: str, default: Option = REQUIRED) -> float:
         """A positive number; where the field is null, the default."""
         return float(self._number(name, default, numbers.Real, "a positive number"))
+
+    def slope(self, name: str) -> float:
+        """A finite number of any sign."""
+        value = self.take(name)
+        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not fits or not -LARGEST <= value <= LARGEST:
+            self.refuse(name, value, "a finite number")
+        return float(value)
 
     def _number(self, name: str, default: Option, kind: Any, expected: str) -> Any:
         value = self.take(name, default)
@@ -80,7 +95,7 @@ class Fields:
         return self._check(name, value, kind, expected)
 
     def _check(self, name: str, value: Option, kind: Any, expected: str) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= LARGEST:
             self.refuse(name, value, expected)
         return value
 

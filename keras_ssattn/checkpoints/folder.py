@@ -1,11 +1,14 @@
 """A Hugging Face folder: its config.json, and the tensors of its files."""
 
 import pathlib
+import re
 
 from keras_ssattn._typing import Config
-from keras_ssattn.checkpoints.safetensors import Stored, load_json, read_header
+from keras_ssattn.checkpoints.safetensors import INDEX, SINGLE, Stored, load_json, read_header
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Files of weights that `write_folder` may have written.
+WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+LONGEST_NAME = 255  # bytes of a file's name
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -62,12 +65,22 @@ def read_headers(folder: pathlib.Path) -> dict[str, Stored]:
 
 def _check_file_name(index: pathlib.Path, file: object) -> None:
     plain = (
-        isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0")
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and not set(file) & set("/\\:\0")
+        and len(file.encode(errors="replace")) <= LONGEST_NAME
     )
     if not plain:
         raise ValueError(
             f"{index} must name safetensors files of its own folder. Received: {file!r}"
         )
+
+
+def remove_superseded(folder: pathlib.Path, written: set[str]) -> None:
+    """Removes the files of weights that an earlier model had beside those now written."""
+    for path in list(folder.iterdir()):
+        if WRITTEN.fullmatch(path.name) and path.name not in written:
+            path.unlink()
 
 
 def _explain_missing(folder: pathlib.Path) -> str:

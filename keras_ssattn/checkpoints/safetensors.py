@@ -20,6 +20,7 @@ import numpy as np
 
 from keras_ssattn._typing import Config
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -192,12 +193,23 @@ def write_file(path: pathlib.Path, tensors: dict[str, ToStore]) -> None:
     os.replace(partial, path)
 
 
-def write_folder(folder: pathlib.Path, tensors: dict[str, ToStore], largest: float) -> None:
-    """Writes tensors to one file, or to several of at most `largest` bytes and an index."""
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears once complete; what a link points to stays as it is."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_folder(folder: pathlib.Path, tensors: dict[str, ToStore], largest: float) -> set[str]:
+    """Writes tensors to one file, or to several of at most `largest` bytes and an index.
+
+    Returns:
+        The names of the files.
+    """
     shards = list(_shards(tensors, largest))
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", tensors)
-        return
+        write_file(folder / SINGLE, tensors)
+        return {SINGLE}
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -205,7 +217,8 @@ def write_folder(folder: pathlib.Path, tensors: dict[str, ToStore], largest: flo
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(tensor.bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return {INDEX, *weight_map.values()}
 
 
 def _shards(tensors: dict[str, ToStore], largest: float) -> Iterable[dict[str, ToStore]]:

@@ -248,9 +248,21 @@ class CausalLM(PacksSegments, keras.Model):
             **fields: further fields of config.json, such as `eos_token_id=2`. Those that
                 `from_huggingface` has met and that have no effect are written as well.
 
+        A `padding_id` is written as `pad_token_id`. Neither `transformers` nor `from_huggingface`
+        takes a mask from it: `transformers` needs an attention mask for padding, and
+        `from_huggingface` the option `padding_id`. Files of weights that the folder had before are
+        replaced.
+
         Raises:
-            ValueError: for a model with what no family has, such as SSMax.
+            ValueError: for a model with what no family has, such as SSMax, or of a class that
+                computes something else.
         """
+        for name in ("call", "_embed", "_shared", "_logits"):
+            if getattr(type(self), name) is not getattr(CausalLM, name):
+                raise ValueError(
+                    "no Hugging Face family computes what a class of one's own does. Received: "
+                    f"{type(self).__name__}, with another `{name}`"
+                )
         write_checkpoint(self, folder, self.huggingface_config, max_shard_size, **fields)
 
     @property

@@ -1,5 +1,6 @@
 """Fields of a config.json: what is read, what must be as it is, what is refused by its name."""
 
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,8 @@ SIZES = {
 }  # fmt: skip
 ROPE = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8}
 TEMPERED = {**ROPE, "llama_4_scaling_beta": 0.1}
+YARN = {**ROPE, "factor": None}
+HUGE = 10**400  # beyond all floats
 
 
 def read(name, **fields):
@@ -58,7 +61,33 @@ REFUSED = [
      "'layer_types' must be without sliding attention"),
     ("ministral3", {"rope_parameters": TEMPERED, "sliding_window": 4}, "'sliding_window' must be"),
     ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "a positive integer.*None"),
-    ("ministral3", {"rope_parameters": {**ROPE, "llama_4_scaling_beta": "x"}}, "a number or null"),
+    ("ministral3", {"rope_parameters": {**ROPE, "llama_4_scaling_beta": "x"}}, "a finite number"),
+    ("ministral3", {"rope_parameters": ROPE}, "'llama_4_scaling_beta' must be a finite .*None"),
+    ("ministral3", {"rope_parameters": {}}, "'llama_4_scaling_beta' must be a finite.*None"),
+    ("ministral3", {"rope_scaling": {**TEMPERED, "llama_4_scaling_beta": HUGE}}, "a finite number"),
+    ("ministral3", {"rope_theta": 5.0}, "'rope_theta' must be 1000000.0, as in .* by default.*5.0"),
+    ("llama", {"is_causal": None}, "'is_causal' must be true, or left out.*None"),
+    ("llama", {"is_causal": False}, "'is_causal' must be true, or left out.*False"),
+    ("llama", {"hidden_act": ["silu"]}, "'hidden_act' must be one of.*.'silu'."),
+    ("gemma", {"hidden_activation": []}, "'hidden_activation' must be one of"),
+    ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, "'rope_type' must be one of"),
+    ("llama", {"rope_parameters": {"type": {}}}, "'rope_type' must be one of"),
+    ("llama", {"rms_norm_eps": HUGE}, "'rms_norm_eps' must be a positive number"),
+    ("llama", {"head_dim": HUGE}, "'head_dim' must be a positive integer"),
+    ("llama", {"rope_theta": HUGE}, "'rope_theta' must be a positive number"),
+    ("llama", {"rope_scaling": {**YARN, "original_max_position_embeddings": "8"},
+               "max_position_embeddings": 16}, "'original_max_.*' must be a positive number.*'8'"),
+    ("llama", {"rope_scaling": YARN, "max_position_embeddings": "x"},
+     "'max_position_embeddings' must be a positive number.*'x'"),
+    ("llama", {"rope_scaling": YARN, "max_position_embeddings": HUGE},
+     "'max_position_embeddings' must be a positive number"),
+    ("llama", {"rope_parameters": []}, "'rope_parameters' must be an object or null"),
+    ("llama", {"rope_parameters": False}, "'rope_parameters' must be an object or null"),
+    ("llama", {"rope_scaling": ""}, "'rope_scaling' must be an object or null"),
+    ("llama", {"rope_interleaved": True}, "'rope_interleaved' must be False"),
+    ("qwen2", {"use_mrope": True}, "'use_mrope' must be False"),
+    ("qwen2", {"max_window_layers": -1}, "'max_window_layers' must be"),
+    ("phi3", {"head_dim": 12, "partial_rotary_factor": 0.75}, "'head_dim' must be a size of which"),
     ("qwen2", {"attention_bias": False}, "'attention_bias' must be True, the only value.*False"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "'no_rope_layers' must be a list of 4 of .0, 1."),
     ("smollm3", {"rope_interleaved": True}, "'rope_interleaved' must be False"),
@@ -92,8 +121,43 @@ def test_fields_without_effect_or_null_change_nothing(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_written_is_read_as_the_same(name):
-    model = read(name, tie_word_embeddings=True, rms_norm_eps=0.25, rope_theta=77.0)
-    assert FAMILIES[name].read(FAMILIES[name].write(model)) == model
+    rope = {"rope_theta": 77.0}
+    if name == "ministral3":
+        rope |= {**ROPE, "llama_4_scaling_beta": 0}
+    model = read(name, tie_word_embeddings=True, rms_norm_eps=0.25, rope_parameters=rope)
+    written = FAMILIES[name].write(model)
+    assert FAMILIES[name].read(written) == model
+    assert written["rope_parameters"].get("llama_4_scaling_beta", 0) == 0
+
+
+@pytest.mark.parametrize("size", [12, 44, 46, 52, 94, 96])
+def test_the_share_that_is_written_rounds_down_to_the_same_pairs(size):
+    """44 features times 30 / 44 is a little less than 30."""
+    for pairs in range(1, size // 2):
+        rotary = Rotary(1e4, 2 * pairs / size)
+        model = dataclasses.replace(read("phi3", head_dim=size), rotary=rotary)
+        written = FAMILIES["phi3"].write(model)
+        assert int(size * written["rope_parameters"]["partial_rotary_factor"]) == 2 * pairs
+        assert FAMILIES["phi3"].read(written) == model
+
+
+def test_ministral3_without_positions_has_those_of_its_release():
+    expected = {
+        "type": "yarn", "factor": 16.0, "original_length": 16384, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1, "mscale_all_dim": 1, "truncate": True,
+    }  # fmt: skip
+    for fields in ({}, {"rope_parameters": None}, {"rope_scaling": {}}, {"rope_theta": 1e6}):
+        found = read("ministral3", **fields)
+        assert dict(found.rotary.scaling) == expected
+        assert (found.rotary.theta, found.temperature) == (1e6, Temperature(0.1, 16384))
+
+
+def test_fields_that_change_nothing_at_these_values():
+    fields = {"is_causal": True, "rope_interleaved": False, "is_llama_config": True}
+    assert read("llama", **fields) == read("llama")
+    assert read("qwen2", use_mrope=False) == read("qwen2")
+    windows = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+    assert read("qwen2", **windows).windows == (7,) * 4
 
 
 def test_defaults_of_families():

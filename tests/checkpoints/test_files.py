@@ -152,7 +152,8 @@ def refuses(folder, message):
 @pytest.mark.parametrize(
     "name",
     ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors",
-     "C:x.safetensors", "x.bin", "x.safetensors\0", 5, None, ["x.safetensors"]],
+     "C:x.safetensors", "x.bin", "x.safetensors\0", 5, None, ["x.safetensors"],
+     "a" * 5000 + ".safetensors"],
 )  # fmt: skip
 def test_an_index_names_files_of_its_own_folder(name, folder):
     index(folder, {"x": name})

@@ -28,6 +28,10 @@ INSIDE = ("mistral3", "float8")  # of a model that sees images, too
 TOLERANCE = 5e-5  # of the deviation of the logits: `transformers` itself rounds by that much
 
 
+def silu(x):
+    return 2.0 * x  # as no family does
+
+
 def load(name, **options):
     return CausalLM.from_huggingface(DATA / name, **options)
 
@@ -116,6 +120,15 @@ def test_weights_that_training_has_changed_are_written(tmp_path):
         np.testing.assert_array_equal(array, 2.0 * old[name].astype("float32"))
 
 
+def test_8_bit_floats_in_wider_dtypes_are_not_rounded_on_the_way(tmp_path):
+    load("float8", dtype="float32").to_huggingface(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    old, new = tensors(DATA / "float8"), tensors(tmp_path)[name]
+    scale = old[f"language_model.{name}_scale_inv"].astype("float32")
+    expected = old[f"language_model.{name}"].astype("float32") * scale
+    np.testing.assert_array_equal(new, expected)
+
+
 # Options in place of those of the folder
 
 
@@ -166,7 +179,8 @@ def test_a_scaling_without_what_has_defaults_is_written(tmp_path):
         ({"ffn_type": "standard"}, "no Hugging Face family.*ffn_type=standard"),
         ({"use_gate": True}, "no Hugging Face family.*use_gate=True"),
         ({"norm": "layer_norm"}, "no Hugging Face family.*norm=layer_norm"),
-        ({"rotary": None}, "no Hugging Face family.*rotary=None"),
+        ({"rotary": ["default", RotaryEmbedding(9.0)]}, "no Hugging Face family.*rotary="),
+        ({"activation": silu}, "function of one's own.*activation=<function silu"),
         ({"normalizer": ["softmax", "ssmax"]}, "no place for this normalizer"),
         ({"use_bias": ["key"]}, "no family of .* can express this model.*biases=.'key',."),
     ],
@@ -178,9 +192,91 @@ def test_models_that_no_family_has_are_not_written(options, message, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_fields_that_would_change_the_model_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="`fields` must not change the model.*rms_norm_eps"):
-        load("llama2").to_huggingface(tmp_path, rms_norm_eps=0.5)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rms_norm_eps": 0.5}, "`fields` must not change the model.*rms_norm_eps"),
+        ({"model_type": "gemma"}, "`fields` must not have 'model_type'"),
+        ({"torch_dtype": "float16"}, "`fields` must not have 'torch_dtype'"),
+        ({"dtype": "float16"}, "`fields` must not have 'dtype'"),
+        ({"architectures": ["X"]}, "`fields` must not have 'architectures'"),
+        ({"is_causal": None}, "`fields` must not have 'is_causal'"),
+        ({"eos_token_id": {1}}, "`fields` must be values of JSON"),
+        ({"max_shard_size": "5GB"}, "`max_shard_size` must be a positive number.*'5GB'"),
+        ({"max_shard_size": 0}, "`max_shard_size` must be a positive number.*0"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load("llama2").to_huggingface(tmp_path / "model", **fields)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["call", "_embed"])
+def test_a_class_that_computes_something_else_is_not_written(name, tmp_path):
+    other = type("Other", (CausalLM,), {name: lambda *_: None})
+    same = type("Same", (CausalLM,), {})
+    with pytest.raises(ValueError, match=f"a class of one's own.*Other, with another `{name}`"):
+        other(13, 12, 1, 2, normalizer="softmax").to_huggingface(tmp_path)
+    same(13, 12, 1, 2, normalizer="softmax").to_huggingface(tmp_path)
+
+
+def written(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_tokens_that_nobody_gave_are_null_and_padding_is_written(tmp_path):
+    options = {"normalizer": "softmax", "rotary": None}
+    CausalLM(13, 12, 1, 2, **options).to_huggingface(tmp_path)
+    config = written(tmp_path)
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    assert [config[name] for name in names] == [None] * 3
+    assert (config["model_type"], config["no_rope_layers"]) == ("smollm3", [0])
+    CausalLM(13, 12, 1, 2, padding_id=5, **options).to_huggingface(tmp_path, eos_token_id=2)
+    config = written(tmp_path)
+    assert [config[name] for name in names] == [5, None, 2]
+
+
+def test_a_hidden_size_that_heads_do_not_divide_is_no_llama(tmp_path):
+    CausalLM(13, 11, 1, 2, key_dim=6, normalizer="softmax").to_huggingface(tmp_path)
+    assert written(tmp_path)["model_type"] == "mistral"
+
+
+def test_files_of_an_earlier_model_are_removed(tmp_path):
+    model, other = load("llama2"), tmp_path / "model-00001.safetensors"
+    other.touch()
+    for size in (5e9, 9000, 20000, 5e9):
+        model.to_huggingface(tmp_path, max_shard_size=size)
+        again = CausalLM.from_huggingface(tmp_path)
+        for old, new in zip(model.weights, again.weights, strict=True):
+            np.testing.assert_array_equal(to_numpy(old), to_numpy(new))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "model-00001.safetensors", "model.safetensors"]  # fmt: skip
+
+
+def test_a_model_made_in_the_scope_of_other_names(tmp_path):
+    with keras.name_scope("outer"):
+        model = load("llama2")
+    x = np.arange(3, 20)[None]
+    np.testing.assert_array_equal(predict(model, x), predict(load("llama2"), x))
+    model.to_huggingface(tmp_path)
+    expected = (DATA / "llama2" / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("outer", [None, True, False])
+def test_text_of_mistral3_is_mistral_and_tied_as_the_outer_field_says(outer, tmp_path):
+    folder = copy("mistral3", tmp_path)
+    config = written(folder)
+    config["text_config"] |= {"tie_word_embeddings": False}
+    del config["text_config"]["model_type"], config["tie_word_embeddings"]
+    config |= {} if outer is None else {"tie_word_embeddings": outer}
+    (folder / "config.json").write_text(json.dumps(config))
+    if outer is False:
+        with pytest.raises(ValueError, match="must have the tensor '.*lm_head.weight'"):
+            CausalLM.from_huggingface(folder)
+        return
+    assert CausalLM.from_huggingface(folder).tie_embeddings
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")

@@ -8,6 +8,7 @@ import torch
 from support import released
 from support.helpers import predict, to_numpy
 
+from keras_ssattn.layers import PositionTemperature, RotaryEmbedding, Softmax
 from keras_ssattn.models import CausalLM
 
 TOLERANCE = 5e-5  # of the deviation of the logits
@@ -107,6 +108,65 @@ def test_text_inside_of_mistral3(source, tied, newer, tmp_path, rng):
     ours = CausalLM.from_huggingface(tmp_path)
     tokens = rng.integers(11, 47, (2, 40))
     assert error(predict(ours, tokens), released.logits(model, tokens)) < TOLERANCE
+
+
+def edit(folder, **fields):
+    """Changes fields of the config.json, or removes those that are `...`."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def check(folder, ours=None):
+    """Raises unless the logits of a folder are those of transformers."""
+    auto = released.transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = np.arange(3, 43)[None]
+    ours = ours or CausalLM.from_huggingface(folder)
+    assert error(predict(ours, tokens), released.logits(auto, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rope", [None, ...])
+def test_ministral3_without_positions(rope, tmp_path):
+    save(released.make("ministral3", seed=7), tmp_path)
+    edit(tmp_path, rope_parameters=rope)
+    check(tmp_path)
+
+
+def test_text_of_mistral3_is_tied_as_the_outer_field_says(tmp_path):
+    model = released.make_vision("mistral_nemo", tied=True)
+    model.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    del text["model_type"]
+    edit(tmp_path, tie_word_embeddings=..., text_config={**text, "tie_word_embeddings": False})
+    ours, tokens = CausalLM.from_huggingface(tmp_path), np.arange(11, 40)[None]
+    model = type(model).from_pretrained(tmp_path).eval()
+    assert error(predict(ours, tokens), released.logits(model, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("phi3", {"key_dim": 44, "rotary": RotaryEmbedding(1e4, 30 / 44)}),
+        ("mistral", {"hidden_size": 20, "num_heads": 3, "key_dim": 8}),
+        ("smollm3", {"rotary": None, "padding_id": 2}),
+        ("ministral3", {"normalizer": Softmax(length_scale=PositionTemperature(0.2, 8))}),
+        ("llama", {"activation": "relu"}),
+    ],
+)
+def test_models_that_came_from_no_folder(model_type, options, tmp_path):
+    options = {"hidden_size": 32, "num_heads": 2, "normalizer": "softmax", **options}
+    model = CausalLM(53, num_layers=2, **options)
+    model.to_huggingface(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
+    check(tmp_path, model)
+
+
+def test_ministral3_without_a_temperature(tmp_path):
+    ours = CausalLM.from_huggingface(
+        save(released.make("ministral3", seed=8), tmp_path), normalizer="softmax"
+    )
+    ours.to_huggingface(tmp_path)
+    check(tmp_path, ours)
 
 
 def test_files_of_several_shards(tmp_path, rng):

@@ -56,8 +56,7 @@ def write_float8(name, source):
             wide = array.astype("float32")
             scale = (np.abs(wide).max() / 448).astype(ml_dtypes.bfloat16)
             stored[key] = (wide / scale.astype("float32")).astype(ml_dtypes.float8_e4m3fn)
-            back = stored[key].astype("float32") * scale.astype("float32")
-            plain[key] = back.astype(ml_dtypes.bfloat16)
+            plain[key] = stored[key].astype("float32") * scale.astype("float32")
             stored[f"{key}_scale_inv"] = scale
             stored[key.replace("weight", "activation_scale")] = scale
     save(file, plain)
