@@ -231,7 +231,7 @@ def test_a_part_of_a_model_in_fit_generates_once_the_whole_is_synchronized(backe
 
 
 def test_repetition_penalty_is_of_tokens_met_so_far():
-    model, row, penalty = language_model(), [3, 1, 4, 1, 5], 1.7
+    model, row, penalty = language_model(), [3, 1, 4, 1, 5], 20.0
     [found] = model.generate([row], 7, repetition_penalty=penalty)
     for token in found:
         logits = to_numpy(model(np.array([row])))[0, -1]

@@ -107,8 +107,9 @@ def test_value_and_gradients_equal_the_oracle(
     references = oracle.attention_gradients(*arrays, cotangent, normalizer, **case)
     for gradient, reference in zip(gradients(run, arrays, cotangent), references, strict=True):
         # Where every query sees one key, all gradients of queries and keys are 0. The gradient of
-        # a lone logit near 0 in rectified softpick is a rounding divided by that logit.
-        unit = 4e-6 if normalizer == "rectified_softpick" else 2e-6
+        # a lone logit near 0 in rectified softpick is a rounding divided by that logit: by 1/64 at
+        # the least, which makes 4e-6 of each of a few roundings.
+        unit = 1.5e-5 if normalizer == "rectified_softpick" else 2e-6
         bound = unit * max(np.abs(reference).max(), 1.0)
         np.testing.assert_allclose(gradient, reference, rtol=0, atol=bound)
 
