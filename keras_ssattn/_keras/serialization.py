@@ -29,7 +29,7 @@ class Specification:
 
         `parts` are options that are specifications themselves.
         """
-        return cls(type(layer), {**copy.deepcopy(layer.get_config()), **parts})
+        return cls(type(layer), {**unshared(layer.get_config()), **parts})
 
     def make(self, **options: Option) -> Layer:
         """A new layer, with some options other than its own."""
@@ -48,6 +48,19 @@ class Specification:
             "config": options,
             "registered_name": keras.saving.get_registered_name(self.cls),
         }
+
+
+def unshared(config: Option) -> Option:
+    """A copy of a config without the marks of objects that several configs share.
+
+    While it saves or loads, Keras marks objects by their `id`. Another object may have the `id` of
+    one that is gone, as the layers are that only give their options.
+    """
+    if isinstance(config, dict):
+        return {k: unshared(v) for k, v in config.items() if k != "shared_object_id"}
+    if isinstance(config, list):
+        return [unshared(x) for x in config]
+    return copy.deepcopy(config)
 
 
 def serialize_options(layer: Layer) -> Config:
@@ -88,7 +101,7 @@ def serialize_policy(layer: Layer) -> Config:
         # The path above this layer depends on who builds it, a loaded model or a new one.
         path = re.escape(projection.path[above:])
         policies[f"^(.*/)?{path}$"] = projection.dtype_policy
-    return {"dtype": keras.dtype_policies.serialize(policies)}
+    return {"dtype": unshared(keras.dtype_policies.serialize(policies))}
 
 
 def own_config(layer: Layer, cls: type[keras.Layer], **serialized: Option) -> Config:

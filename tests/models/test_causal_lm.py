@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from keras.src.saving import serialization_lib
 from support.cases import VOCABULARY, tokens
 from support.helpers import FORMATS, changed, predict, reload, to_numpy, values
 from support.language import PROMPTS, assert_greedy, language_model, make
 
-from keras_ssattn.layers import Softpick
+from keras_ssattn.layers import MultiHeadAttention, Softpick
 from keras_ssattn.models import CausalLM, layer_pattern
 from keras_ssattn.models.presets import CONFIGURATIONS
 
@@ -247,6 +248,19 @@ def test_survives_saving(options, ending, tmp_path):
     np.testing.assert_allclose(predict(loaded, tokens()), predict(model, tokens()), atol=1e-6)
     if ending == ".keras":
         assert loaded.get_config() == model.get_config()
+
+
+def test_configs_mark_no_object_by_the_address_of_another_that_is_gone():
+    """As while a file is written and read; the layers that only give options are gone at once."""
+    marks = []
+    with serialization_lib.ObjectSharingScope():
+        for options in ["swan", "three_scales"] * 5:
+            marks.append(make(options).get_config()["normalizer"])
+            layer = MultiHeadAttention(2, 4)
+            layer.build((1, 3, 8), (1, 3, 8))
+            layer.query_dense.quantize("int8")
+            marks.append(layer.get_config()["dtype"])
+    assert "shared_object_id" not in str(marks)
 
 
 def test_loaded_model_generates_the_same(tmp_path):

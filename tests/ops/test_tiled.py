@@ -84,11 +84,11 @@ def test_value_and_gradients_equal_the_oracle(
 ):
     length, key_length = lengths
     rng = np.random.default_rng(seed)
-    # Multiples of 1/4: products that are exact. Rectified softpick's weight of a lone logit x near
-    # 0 is x / (epsilon + x), as inexact as x itself.
-    arrays = [np.round(4 * x) / 4 for x in inputs(rng, length, key_length, *heads)]
-    # so no logit of it that is not 0 is nearer to 0 than 1/16
-    scale = 1.0 if normalizer == "rectified_softpick" else 0.25
+    # Multiples of 1/4: products that are exact. Rectified softpick's weight of a lone logit x near 0
+    # is x / (epsilon + x), as inexact as x itself, and its gradient is a rounding divided by x: its
+    # logits are integers, so that none but 0 is near to 0.
+    steps, scale = (1, 1.0) if normalizer == "rectified_softpick" else (4, 0.25)
+    arrays = [np.round(steps * x) / steps for x in inputs(rng, length, key_length, *heads)]
     case = {"scale": scale, "causal": causal, "window": window}
     case["query_offset"] = offset if isinstance(offset, int) else np.array(offset)
     if key_mask is not None:
@@ -108,8 +108,7 @@ def test_value_and_gradients_equal_the_oracle(
     cotangent = rng.normal(size=expected.shape).astype("float32")
     references = oracle.attention_gradients(*arrays, cotangent, normalizer, **case)
     for gradient, reference in zip(gradients(run, arrays, cotangent), references, strict=True):
-        # Where every query sees one key, all gradients of queries and keys are 0. The gradient of
-        # a lone logit near 0 in rectified softpick is a rounding divided by that logit.
+        # Where every query sees one key, all gradients of queries and keys are 0.
         unit = 4e-6 if normalizer == "rectified_softpick" else 2e-6
         bound = unit * max(np.abs(reference).max(), 1.0)
         np.testing.assert_allclose(gradient, reference, rtol=0, atol=bound)
