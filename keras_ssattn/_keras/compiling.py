@@ -4,41 +4,46 @@ from collections.abc import Callable, Hashable
 
 import keras
 
-from keras_ssattn._typing import Tensor
+from keras_ssattn._typing import Layer, Tensor
 
 
 def compile_function(
-    function: Callable, variables: list[keras.Variable], consumed: tuple[int, ...] = ()
+    function: Callable, model: Layer, consumed: tuple[int, ...] | None = None
 ) -> Callable:
-    """Compiles a function of tensors that reads `variables` and changes nothing.
+    """Compiles a function of tensors that reads a model's variables and changes nothing.
 
     By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
-    TensorFlow. PyTorch runs it eagerly, without gradients.
+    TensorFlow. On PyTorch it runs eagerly, without gradients, or one that runs often as a graph.
 
     Args:
         function: of tensors.
-        variables: all that it reads.
-        consumed: which of its arguments are of no use after a call: JAX writes results over them.
+        model: of which it reads variables.
+        consumed: of a function that runs often, which arguments are of no use after a call:
+            results are written over them.
     """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
+
+        variables = model.variables
 
         def stateless(values: list[Tensor], *args: Tensor) -> Tensor:
             mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping):
                 return function(*args)
 
-        compiled = jax.jit(stateless, donate_argnums=[1 + i for i in consumed])
+        compiled = jax.jit(stateless, donate_argnums=[1 + i for i in consumed or ()])
         return lambda *args: compiled([v.value for v in variables], *args)
     if backend == "tensorflow":
         import tensorflow as tf
 
         return tf.function(function, jit_compile=True)
     if backend == "torch":
-        import torch
+        from keras_ssattn import _torch
 
-        return torch.no_grad()(function)
+        if consumed is None:
+            return _torch.without_gradients(function)
+        return _torch.Captured(function, consumed, compiled=model.jit_compile is True)
     return function
 
 
@@ -56,14 +61,15 @@ class CompiledFunctions:
         self,
         options: Hashable,
         make: Callable,
-        variables: list[keras.Variable],
-        consumed: tuple[int, ...] = (),
+        model: Layer,
+        consumed: tuple[int, ...] | None = None,
     ) -> Callable:
         """The one of these options, compiled from what `make()` returns if there is none."""
+        variables = model.variables
         if [id(v) for v in variables] != [id(v) for v in self.variables]:
             # as after quantization: those of the variables before would keep them in memory
             self.functions.clear()
             self.variables = list(variables)
         if options not in self.functions:
-            self.functions[options] = compile_function(make(), variables, consumed)
+            self.functions[options] = compile_function(make(), model, consumed)
         return self.functions[options]

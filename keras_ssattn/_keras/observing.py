@@ -11,7 +11,8 @@ from typing import Protocol
 
 import keras
 
-from keras_ssattn._typing import Tensor
+from keras_ssattn._keras.tree import parents_first
+from keras_ssattn._typing import Layer, Tensor
 
 
 class Observer(Protocol):
@@ -42,3 +43,12 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+def is_watched(model: Layer) -> bool:
+    """Whether an observer, or a hook of PyTorch's on a layer, wants to see what layers compute."""
+    if observer() is not None:
+        return True
+    if keras.backend.backend() != "torch":
+        return False
+    return any(x._forward_hooks or x._forward_pre_hooks for x in parents_first(model))

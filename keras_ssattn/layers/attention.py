@@ -1,6 +1,5 @@
 """Multi-head attention with a choice of normalizer."""
 
-import functools
 import math
 from collections.abc import Collection
 from typing import ClassVar, NamedTuple
@@ -43,7 +42,7 @@ from keras_ssattn.layers.masks import (
     visible_in,
 )
 from keras_ssattn.layers.norms import check_epsilon, head_norm
-from keras_ssattn.layers.projection import check_biases, check_output_shape, projection
+from keras_ssattn.layers.projection import check_biases, check_output_shape, project, projection
 from keras_ssattn.layers.rotary import specify, turn
 from keras_ssattn.ops import (
     Cache,
@@ -347,8 +346,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             heads, visibility, query_mask, return_attention_scores, training
         )
         if self.use_gate:
-            output = output * call_inside(self, self._gate_dense, inputs[0])
-        results = [axes.unfold(call_inside(self, self.output_dense, output), query)]
+            output = output * project(self, self._gate_dense, inputs[0])
+        results = [axes.unfold(project(self, self.output_dense, output), query)]
         if return_attention_scores:
             results.append(axes.unfold_scores(weights, query, value))
         if cache is not None:
@@ -365,10 +364,12 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         """Queries, keys and values by head, normalized and turned, and the factor of the query."""
         query, value, key = inputs
         is_self = has_cache or value is query
-        call = functools.partial(call_inside, self)
-        key = call(self.key_norm, call(self.key_dense, key))  # [B, S, K, D]
-        query = call(self.query_norm, call(self.query_dense, query))
-        value = call(self.value_dense, value)
+        key = project(self, self.key_dense, key)  # [B, S, K, D]
+        query = project(self, self.query_dense, query)
+        value = project(self, self.value_dense, value)
+        if self.qk_norm:
+            query = call_inside(self, self.query_norm, query)
+            key = call_inside(self, self.key_norm, key)
         scale, factor = self.normalizer.length_scale, 1.0 / math.sqrt(self.key_dim)
         if scale.uses_query:  # which is before rotation
             query = cast(multiply_wide(query, scale(visibility.count, query)), dtype_of(query))

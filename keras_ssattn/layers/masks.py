@@ -150,8 +150,11 @@ def see_cache(
     index = check_index(cache, index, length)
     if not isinstance(index, int):
         check_broadcastable("cache_index", tuple(index.shape), (batch,), "[B]")
-    key_mask = ops.ones((1, 1), "bool") if key_mask is None else key_mask
-    key_mask = write_at(cache[2], index, ops.broadcast_to(key_mask, (batch, length)))
+    if key_mask is None:
+        key_mask = ops.ones((batch, length), "bool")
+    else:
+        key_mask = ops.broadcast_to(key_mask, (batch, length))
+    key_mask = write_at(cache[2], index, key_mask)
     return Visibility(
         length, ops.shape(cache[0])[1], True, None, index, mask, key_mask, None, guard
     )

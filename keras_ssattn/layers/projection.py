@@ -1,13 +1,16 @@
 """The projections of an attention layer."""
 
+import math
 from collections.abc import Collection
 
 import keras
+from keras import ops
 
 from keras_ssattn._checks import check_choice, check_integer
+from keras_ssattn._keras.calling import adds_nothing
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
-from keras_ssattn._typing import Layer, Shape
+from keras_ssattn._typing import Layer, Shape, Tensor
 
 PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
 
@@ -50,6 +53,24 @@ def projection(
     layer.supports_masking = True
     layer.build(input_shape)
     return layer
+
+
+def project(owner: Layer, layer: keras.layers.EinsumDense, x: Tensor) -> Tensor:
+    """`layer(x)` in the call of its owner: on PyTorch as one product of matrices.
+
+    Its einsum takes ten operations on tensors, which at one token take longer than the product.
+    """
+    if not adds_nothing(owner, layer, x):
+        return layer(x)
+    kernel = ops.convert_to_tensor(layer.kernel)  # with that of LoRA
+    batch, length, *inner = x.shape
+    rows, columns = kernel.shape[: len(inner)], kernel.shape[len(inner) :]
+    x = ops.reshape(x, (batch * length, math.prod(rows)))
+    y = x @ ops.reshape(kernel, (math.prod(rows), math.prod(columns)))
+    y = ops.reshape(y, (batch, length, *columns))
+    if layer.bias is not None:
+        y = y + layer.bias
+    return y if layer.activation is None else layer.activation(y)
 
 
 def check_biases(

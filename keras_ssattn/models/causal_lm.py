@@ -403,7 +403,8 @@ class CausalLM(PacksSegments, keras.Model):
         for block, old, shared in zip(self.blocks, cache, self._shared(seen), strict=True):
             x, new = block(x, mask=mask, cache=old, training=False, **shared)
             caches.append(new)
-        return self._logits(x[:, -1:])[:, 0], tuple(caches)
+        last = x if x.shape[1] == 1 else x[:, -1:]
+        return self._logits(last)[:, 0], tuple(caches)
 
     def rotary_state(self) -> tuple:
         """Rotary settings of each block, that a compiled function bakes in."""

@@ -8,13 +8,15 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import check_integer, check_number
+from keras_ssattn._keras.observing import is_watched
 from keras_ssattn._keras.state import sync_state
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
-from keras_ssattn.ops.stacks import place
+from keras_ssattn.ops.stacks import place, runs_eagerly
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
+ROOM_MULTIPLE = 64  # and caches
 
 
 def generate(
@@ -35,7 +37,9 @@ def generate(
     """New tokens for each prompt, from a `CausalLM`.
 
     The prompts are padded on the left to one length and read in one pass; then every step reads
-    one token of each row, with a cache, in one compiled loop.
+    one token of each row, with a cache, in one compiled loop; on PyTorch by a graph of tensor
+    operations, captured once a step has run often, which `model.compile(jit_compile=True)` has
+    compiled by `torch.compile`.
 
     Args:
         model: a `CausalLM`.
@@ -80,8 +84,11 @@ def generate(
         model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
         num_return_sequences, stop_tokens, prefill_size, seed,
     )  # fmt: skip
-    decode = _compiled(model, plan.choice, _make_decoder)
-    new = ops.convert_to_numpy(decode(*map(ops.convert_to_tensor, plan.inputs())))
+    if runs_eagerly():
+        new = np.stack(list(_steps(model, plan)), axis=1)
+    else:
+        decode = _compiled(model, plan.choice, _make_decoder)
+        new = ops.convert_to_numpy(decode(*map(ops.convert_to_tensor, plan.inputs())))
     return [_until(row, plan.choice.stops) for row in new]
 
 
@@ -128,26 +135,7 @@ def stream(
         num_return_sequences, stop_tokens, prefill_size, seed,
     )  # fmt: skip
 
-    def tokens() -> Iterator[np.ndarray]:
-        choice = plan.choice._replace(stops=())  # which are looked for outside of what is compiled
-        start = _compiled(model, choice, _make_start)
-        step = _compiled(model, choice, _make_step, consumed=(3,))
-        inputs = tuple(map(ops.convert_to_tensor, plan.inputs()))
-        settings = inputs[3]
-        state = start(*inputs)
-        ended = np.zeros(len(plan.tokens), "bool")
-        for i in range(max_new_tokens):
-            if i > 0:
-                position = np.int32(plan.tokens.shape[1] + i - 1)
-                position, draw = map(ops.convert_to_tensor, (position, plan.draws[i]))
-                state = step(position, *state, draw, settings)
-            new = np.where(ended, -1, ops.convert_to_numpy(state[0])).astype("int32")
-            yield new
-            ended |= np.isin(new, plan.choice.stops)
-            if ended.all():
-                return
-
-    return tokens()
+    return _steps(model, plan)
 
 
 class Choice(NamedTuple):
@@ -280,15 +268,42 @@ def _met(rows: list[np.ndarray], choice: Choice, model: Layer) -> np.ndarray:
     return met
 
 
+def _steps(model: Layer, plan: Plan) -> Iterator[np.ndarray]:
+    """The new tokens `[B]` one after the other, -1 where a row has ended."""
+    choice = plan.choice._replace(stops=())  # which are looked for outside of what is compiled
+    start = _compiled(model, choice, _make_start)
+    step = _compiled(model, choice, _make_step, repeated=not is_watched(model))
+    inputs = tuple(map(ops.convert_to_tensor, plan.inputs()))
+    settings = inputs[3]
+    state = start(*inputs)
+    ended = np.zeros(len(plan.tokens), "bool")
+    for i in range(len(plan.draws)):
+        if i > 0:
+            position = np.int32(plan.tokens.shape[1] + i - 1)
+            position, draw = map(ops.convert_to_tensor, (position, plan.draws[i]))
+            state = step(position, *state, draw, settings)
+        new = np.where(ended, -1, ops.convert_to_numpy(state[0])).astype("int32")
+        yield new
+        ended |= np.isin(new, plan.choice.stops)
+        if ended.all():
+            return
+
+
 def _compiled(
     model: Layer,
     choice: Choice,
     make: Callable[[Layer, Choice], Callable],
-    consumed: tuple[int, ...] = (),
+    repeated: bool = False,
 ) -> Callable:
-    """The function that `make` makes of a model, compiled once for a choice."""
-    options = (make.__name__, choice, model.rotary_state())
-    return model.generators.get(options, lambda: make(model, choice), model.variables, consumed)
+    """The function that `make` makes of a model, compiled once for a choice.
+
+    One that is `repeated` takes the state that it gives: a token, the tokens met and the cache,
+    which is written over. PyTorch captures it as a graph, in which no layer can be watched.
+    """
+    options = (make.__name__, repeated, choice, model.rotary_state(), model.jit_compile is True)
+    return model.generators.get(
+        options, lambda: make(model, choice), model, consumed=(3,) if repeated else None
+    )
 
 
 def _make_start(model: Layer, choice: Choice) -> Callable:
@@ -302,7 +317,8 @@ def _make_start(model: Layer, choice: Choice) -> Callable:
         tokens: Tensor, mask: Tensor, draws: Tensor, settings: Tensor, met: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length = tokens.shape
-        cache = model.make_cache(batch, length + draws.shape[0])
+        room = length + draws.shape[0]
+        cache = model.make_cache(batch, -(-room // ROOM_MULTIPLE) * ROOM_MULTIPLE)
         size = length if choice.prefill_size is None else min(choice.prefill_size, length)
         for i in range(0, length, size):
             part = slice(i, i + size)

@@ -16,7 +16,7 @@ from keras_ssattn._checks import (
 )
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
-from keras_ssattn.ops.stacks import place
+from keras_ssattn.ops.stacks import place, runs_eagerly
 
 
 class Cache(NamedTuple):
@@ -120,7 +120,8 @@ def write_cache(
     _check_part("key", cache.key, key)
     _check_part("value", cache.value, value)
     key, value = cast(key, dtype_of(cache.key)), cast(value, dtype_of(cache.value))
-    return write_at(cache.key, index, key), write_at(cache.value, index, value)
+    key, value = _write(index, (cache.key, key), (cache.value, value))
+    return key, value
 
 
 def write_at(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
@@ -132,8 +133,24 @@ def write_at(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
     >>> from keras_ssattn.ops.cache import write_at
     >>> write_at(keras.ops.zeros((1, 4)), 1, keras.ops.ones((1, 2)))  # [[0., 1., 1., 0.]]
     """
-    if not isinstance(index, int) and len(index.shape) == 1:
-        return _write_by_row(old, index, new)
+    return _write(index, (old, new))[0]
+
+
+def _write(index: int | Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """`write_at` of several pairs, old and new, of the same T."""
+    if isinstance(index, int) or (len(index.shape) == 0 and not runs_eagerly()):
+        return [_write_slice(old, index, new) for old, new in pairs]
+    if len(index.shape) == 1:
+        return [_write_by_row(old, index, new) for old, new in pairs]
+    # PyTorch: Keras would make an index of every entry
+    index = ops.cast(ops.reshape(index, (1,)), "int64")
+    length = pairs[0][1].shape[1]
+    if not is_known(length) or length != 1:
+        index = index + ops.arange(0, length, dtype="int64")
+    return [old.index_copy(1, index, new) for old, new in pairs]
+
+
+def _write_slice(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
     start = place(0, index, *(0 for _ in old.shape[2:]))
     if dtype_of(old) != "bool" or keras.backend.backend() != "tensorflow":
         return ops.slice_update(old, start, new)

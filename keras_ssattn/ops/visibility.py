@@ -155,7 +155,7 @@ class Visibility:
             query_offset=self.query_offset if isinstance(self.query_offset, int) else next(given),
         )
 
-    @property
+    @functools.cached_property
     def positions(self) -> Tensor:
         """Positions of the queries, int32 `[B|1, T]`."""
         if isinstance(self.query_offset, int) and is_known(self.query_length):
@@ -188,6 +188,11 @@ class Visibility:
         if self.mask is not None:
             parts.append(self.mask)
         return functools.reduce(ops.logical_and, parts) if parts else None
+
+    @functools.cached_property
+    def bias(self) -> tuple[Tensor, Tensor]:
+        """`as_bias` of the mask."""
+        return as_bias(self.dense_mask)
 
     @functools.cached_property
     def count(self) -> Tensor:
@@ -262,6 +267,23 @@ class Visibility:
         counts = ops.fori_loop(0, tile_count, count, counts)
         counts = stacks.merge(stacks.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
         return ops.reshape(counts, (ops.shape(counts)[0], 1, length))
+
+
+def as_bias(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """What to add to logits for a mask `[B|1, H|1, T|1, S|1]`, and which rows see any key.
+
+    An additive -inf, unlike the finite number that Keras makes of a mask, is exact for all logits.
+    A row of nothing but -inf would be NaN: such rows are opened; they are to be zeroed.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_ssattn.ops.visibility import as_bias
+    >>> as_bias(keras.ops.array([[[[True, False]]]]))[1]  # [[[[True]]]]
+    """
+    some = ops.any(visible, axis=-1, keepdims=True)
+    closed = ops.where(some, -float("inf"), 0.0)
+    return ops.where(visible, 0.0, closed), some
 
 
 def visible_keys(

@@ -84,9 +84,9 @@ def test_value_and_gradients_equal_the_oracle(
 ):
     length, key_length = lengths
     rng = np.random.default_rng(seed)
-    # Multiples of 1/4: products that are exact. Rectified softpick's weight of a lone logit x near 0
-    # is x / (epsilon + x), as inexact as x itself, and its gradient is a rounding divided by x: its
-    # logits are integers, so that none but 0 is near to 0.
+    # Multiples of 1/4: products that are exact. Rectified softpick's weight of a lone logit x near
+    # 0 is x / (epsilon + x), as inexact as x itself, and its gradient is a rounding divided by x:
+    # its logits are integers, so that none but 0 is near to 0.
     steps, scale = (1, 1.0) if normalizer == "rectified_softpick" else (4, 0.25)
     arrays = [np.round(steps * x) / steps for x in inputs(rng, length, key_length, *heads)]
     case = {"scale": scale, "causal": causal, "window": window}

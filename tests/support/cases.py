@@ -49,12 +49,11 @@ VOCABULARY = 13
 
 # What the Keras of the floor lacks.
 HAS_GATE = "use_gate" in inspect.signature(keras.layers.MultiHeadAttention).parameters
-FUSED_TAKES_MASKS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
 
 
 def implementations(normalizer):
     """Those that serve any mask on this backend and this Keras."""
-    fused = normalizer in ("softmax", "ssmax", "sink_softmax") and FUSED_TAKES_MASKS
+    fused = normalizer in ("softmax", "ssmax", "sink_softmax")
     fused = fused and keras.backend.backend() == "torch"
     return ("dense", "tiled", "fused") if fused else ("dense", "tiled")
 

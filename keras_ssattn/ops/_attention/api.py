@@ -61,8 +61,8 @@ def attention(
             derivative on JAX only, without these two. `"fused"` calls
             `keras.ops.dot_product_attention`, for softmax, ssmax and sink_softmax, where that is
             a fused kernel: on PyTorch, and for the first two without masks beyond causality on
-            JAX with a GPU, in half precision, where cuDNN has one; elsewhere, in float64, and
-            masked on Keras before 3.14, it raises. `"auto"` takes `"fused"` on PyTorch, if it
+            JAX with a GPU, in half precision, where cuDNN has one; elsewhere, and in float64, it
+            raises. `"auto"` takes `"fused"` on PyTorch, if it
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
             `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
             input is then one tile); else `"dense"`.

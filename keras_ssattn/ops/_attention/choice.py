@@ -120,8 +120,6 @@ def _require_fused(
     if not fused.is_available(kernel, dtypes, visibility):
         raise ValueError(
             f"{asked} serves softmax, ssmax and sink_softmax up to float32: on "
-            "torch, with masks from Keras 3.14 on; and, without a sink, on JAX with a GPU, without "
-            "masks beyond causality. Received: "
-            f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}, Keras "
-            f"{keras.version()}"
+            "torch; and, without a sink, on JAX with a GPU, without masks beyond causality. "
+            f"Received: {kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}"
         )

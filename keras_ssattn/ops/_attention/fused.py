@@ -3,20 +3,18 @@
 import keras
 from keras import ops
 
-from keras_ssattn._tensors import cast, dtype_of, widen
+from keras_ssattn._tensors import cast, dtype_of, is_known, widen
 from keras_ssattn._typing import DType, Number, Tensor
 from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
-from keras_ssattn.ops.visibility import Visibility
-
-TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
+from keras_ssattn.ops.visibility import Visibility, as_bias
 
 
 def is_available(kernel: Kernel, dtypes: list[DType], visibility: Visibility) -> bool:
-    """Whether a fused kernel serves these arguments, exactly; Keras narrows float64 on PyTorch."""
+    """Whether a fused kernel serves these arguments, exactly."""
     if not isinstance(kernel, Softmax) or "float64" in dtypes:
         return False
     if keras.backend.backend() == "torch":
-        return TORCH_TAKES_BIAS or not visibility.needs_mask
+        return True
     return flash_only() and not visibility.needs_mask and not isinstance(kernel, SinkSoftmax)
 
 
@@ -39,7 +37,7 @@ def attention(
     visibility: Visibility,
     flash: bool | None = None,
 ) -> Tensor:
-    """Softmax attention by `keras.ops.dot_product_attention`, which runs a fused kernel.
+    """Softmax attention by a fused kernel of the backend.
 
     With `flash` that kernel must be flash attention, or Keras raises.
     """
@@ -52,46 +50,66 @@ def attention(
     if mixed or (dtype_of(query) == "float16" and (has_sink or not is_number)):
         # s log n times the query, or a sink, may pass the largest float16
         query, key, value = widen(query), widen(key), widen(value)
-    group_size = query.shape[2] // key.shape[2]
-    if group_size > 1:  # one key head, or an old Keras, is not repeated inside
-        key, value = (ops.repeat(x, group_size, axis=2) for x in (key, value))
     if not is_number or has_sink or factor <= 0:  # which would multiply PyTorch's own mask
         query, factor = cast(widen(query) * factor, dtype_of(query)), 1.0
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    one_row = not has_sink and num_heads > num_kv_heads and _is_one_row(query, visibility)
+    if one_row:  # of a group each head becomes a row: in decoding no cache is repeated
+        query = _regroup(query, num_kv_heads, num_heads // num_kv_heads)
+    elif num_heads > num_kv_heads:  # one key head, or an old Keras, is not repeated inside
+        key, value = (ops.repeat(x, num_heads // num_kv_heads, axis=2) for x in (key, value))
     if has_sink:
         query, key, value = _with_sink(query, key, value, *kernel.tensors)
     if not visibility.needs_mask:
-        out = ops.dot_product_attention(
-            query, key, value, scale=factor, is_causal=visibility.causal, flash_attention=flash
-        )
+        out = _fused(query, key, value, None, factor, visibility.causal, flash)
     else:
-        out = _masked(query, key, value, factor, visibility, has_sink, flash)
+        bias, some = _with_first(visibility) if has_sink else visibility.bias
+        out = _fused(query, key, value, cast(bias, dtype_of(query)), factor, False, flash)
+        out = ops.where(ops.transpose(some, (0, 2, 1, 3)), out, 0.0)
+    if one_row:
+        out = _regroup(out, num_heads, 1)
     return cast(out[:, 1:] if has_sink else out, dtype)
 
 
-def _masked(
+def _is_one_row(query: Tensor, visibility: Visibility) -> bool:
+    """Whether there is one query, of which all heads see the same, by a mask."""
+    same = visibility.mask is None or visibility.mask.shape[1] == 1
+    return visibility.needs_mask and same and is_known(query.shape[1]) and query.shape[1] == 1
+
+
+def _regroup(x: Tensor, num_groups: int, size: int) -> Tensor:
+    """`[B, T, H, D]` as `[B, size, num_groups, D]`: of T * H heads each group's become rows."""
+    batch, width = ops.shape(x)[0], x.shape[3]
+    x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (batch, num_groups, size, width))
+    return ops.transpose(x, (0, 2, 1, 3))
+
+
+def _fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     scale: float,
-    visibility: Visibility,
-    has_sink: bool,
+    causal: bool,
     flash: bool,
 ) -> Tensor:
-    visible = visibility.dense_mask
-    if has_sink:  # seen by all, as the first row sees all
-        sizes = (*ops.shape(visible)[:2], visibility.query_length, visibility.key_length)
-        visible = ops.broadcast_to(visible, sizes)
-        visible = ops.pad(ops.cast(visible, "int32"), ((0, 0), (0, 0), (1, 0), (1, 0)), "constant")
-        visible = ops.logical_or(ops.cast(visible, "bool"), ops.arange(ops.shape(key)[1]) == 0)
-    # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
-    # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
-    some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
-    closed = ops.where(some, -float("inf"), 0.0)
-    bias = cast(ops.where(visible, 0.0, closed), dtype_of(query))
-    out = ops.dot_product_attention(
-        query, key, value, bias=bias, scale=scale, flash_attention=flash
+    if keras.backend.backend() == "torch" and not flash:
+        from keras_ssattn import _torch
+
+        return _torch.fused_attention(query, key, value, bias, scale, causal)
+    return ops.dot_product_attention(
+        query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=flash
     )
-    return ops.where(ops.transpose(some, (0, 2, 1, 3)), out, 0.0)
+
+
+def _with_first(visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """The bias with a first key and a first query more; the key is seen by all, and it sees all."""
+    visible = visibility.dense_mask
+    sizes = (*ops.shape(visible)[:2], visibility.query_length, visibility.key_length)
+    visible = ops.broadcast_to(visible, sizes)
+    visible = ops.pad(ops.cast(visible, "int32"), ((0, 0), (0, 0), (1, 0), (1, 0)), "constant")
+    first = ops.arange(ops.shape(visible)[-1]) == 0
+    return as_bias(ops.logical_or(ops.cast(visible, "bool"), first))
 
 
 def _with_sink(

@@ -1,0 +1,161 @@
+"""What PyTorch alone has: its fused attention, and graphs of its operations."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from keras_ssattn._typing import Number, Tensor
+
+LARGEST_CONSTANT = 2**20  # entries
+# Of these PyTorch has functions of the same arguments, which it calls faster than an operation.
+FUNCTIONS = ("add", "bmm", "cat", "expand", "mean", "mm", "mul", "permute", "pow", "rsqrt", "sub",
+             "transpose", "unsqueeze", "view", "where")  # fmt: skip
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: Number, causal: bool
+) -> Tensor:
+    """PyTorch's own attention, of `[B, T, H, D]`, which reads keys and values where they lie.
+
+    Keras's function copies them first: in a step of decoding the whole cache.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2)
+
+
+without_gradients = torch.no_grad()
+
+
+class Captured:
+    """A function of tensors that is captured as a graph once it has run often.
+
+    The graph holds tensor operations alone: none of what Keras's layers do between them, what
+    several layers compute alike only once, and in place of constants their values. It reads the
+    model's variables as they are when it runs. To trace it takes as long as some hundred runs, so
+    the first runs are eager. Where it cannot be traced all are, and a warning says why.
+
+    Args:
+        function: of tensors, or tuples of them, that changes none of them.
+        consumed: which arguments are of no use after a call; the graph writes over their tensors.
+        compiled: whether to compile the graph by `torch.compile`.
+    """
+
+    EAGER_RUNS = 16
+
+    def __init__(
+        self, function: Callable, consumed: Iterable[int] = (), compiled: bool = False
+    ) -> None:
+        self.function = torch.no_grad()(function)
+        self.consumed = frozenset(consumed)
+        self.compiled = compiled
+        self.runs: dict[tuple, int] = {}
+        self.graphs: dict[tuple, Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = pytree.tree_leaves(args)
+        key = tuple((x.shape, x.dtype, x.device) for x in leaves)
+        if key not in self.graphs:
+            self.runs[key] = self.runs.get(key, 0) + 1
+            if self.runs[key] <= self.EAGER_RUNS:
+                return self.function(*args)
+            self.graphs[key] = self._capture(args)
+        with torch.inference_mode():
+            return self.graphs[key](*args)
+
+    def _capture(self, args: tuple) -> Callable:
+        """The graph for arguments of these shapes, or the function itself."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            with torch.no_grad():
+                graph = make_fx(self.function)(*args)
+                # a second time, since some of PyTorch's functions are of operations in place
+                graph = make_fx(torch.func.functionalize(graph))(*args)
+            numbered = pytree.tree_unflatten(
+                range(len(pytree.tree_leaves(args))), pytree.tree_structure(args)
+            )
+            optimize(graph, {i for place in self.consumed
+                             for i in pytree.tree_leaves(numbered[place])})  # fmt: skip
+            return torch.compile(graph) if self.compiled else graph
+        except Exception as error:  # whatever a layer of the user's own does
+            warnings.warn(
+                "a step of the model could not be captured as one graph, so it runs slowly, layer "
+                f"by layer. The reason: {error}",
+                stacklevel=2,
+            )
+            return self.function
+
+
+def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None:
+    """Computes constants now, and everything else once; writes over the inputs `consumed`.
+
+    The graph must be without operations in place, as `functionalize` leaves it.
+    """
+    graph = module.graph
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)  # a `getitem` has none
+        if schema is not None and schema.is_mutable:
+            raise ValueError(f"{node.target} changes what it is given")
+    start = next(iter(graph.nodes))
+    values: dict[Node, Tensor] = {}  # of the constants
+    first: dict[tuple, Node] = {}  # what computes each thing
+    key: tuple
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_pure(node):
+            key = (node.target, repr(node.args), repr(node.kwargs))
+            value = _value(module, node, values)
+            if value is not None:
+                key = (value.dtype, value.device, value.shape, value.cpu().numpy().tobytes())
+                if key not in first:
+                    name = f"_value_{len(values)}"
+                    module.register_buffer(name, value)
+                    with graph.inserting_before(start):
+                        first[key] = graph.get_attr(name)
+                    values[first[key]] = value
+        elif node.op == "get_attr":
+            key = (node.op, node.target)
+        else:
+            continue
+        if first.setdefault(key, node) is not node:
+            node.replace_all_uses_with(first[key])
+    graph.eliminate_dead_code()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for i in consumed:
+        users = list(inputs[i].users)
+        if len(users) == 1 and users[0].target is torch.ops.aten.index_copy.default:
+            users[0].target = torch.ops.aten.index_copy_.default
+    for node in graph.nodes:
+        name = node.op == "call_function" and node.target.__name__.split(".")[0]
+        if name in FUNCTIONS:
+            node.target = getattr(torch if hasattr(torch, name) else torch.Tensor, name)
+    module.recompile()
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an operation gives the same for the same arguments, and does nothing else."""
+    tags = getattr(node.target, "tags", (torch.Tag.nondeterministic_seeded,))
+    return torch.Tag.nondeterministic_seeded not in tags
+
+
+def _value(module: torch.fx.GraphModule, node: Node, values: dict[Node, Tensor]) -> Tensor | None:
+    """What an operation on constants computes; `None` for another, or where that is large.
+
+    Weights are no constants: they may be trained on.
+    """
+    inputs = node.all_input_nodes
+    if node.target is torch.ops.aten.lift_fresh_copy.default and inputs[0].op == "get_attr":
+        return getattr(module, str(inputs[0].target))  # a number that was made a tensor
+    if not all(x in values for x in inputs):
+        return None
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    function: Any = node.target
+    value = function(*args, **kwargs)
+    is_small = isinstance(value, torch.Tensor) and value.numel() <= LARGEST_CONSTANT
+    return value.contiguous() if is_small else None

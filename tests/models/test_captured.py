@@ -1,0 +1,278 @@
+"""Steps of generation that PyTorch runs as a graph of tensor operations."""
+
+import collections
+import gc
+import shutil
+import warnings
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from support.language import OPTIONS, PROMPTS, make
+
+from keras_ssattn._keras.observing import observed_by
+from keras_ssattn.models import CausalLM, generation
+
+torch = pytest.importorskip("torch", reason="of PyTorch")
+pytestmark = pytest.mark.backend("torch", reason="the others compile what they generate by")
+
+if keras.backend.backend() == "torch":
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from keras_ssattn import _torch
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every step is captured when it first runs; a failure to is an error."""
+    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not be captured")
+        yield
+
+
+def first_step(model, count=5, **options):
+    """A step of generation, and the tensors of its first run."""
+    names = generation.generate.__kwdefaults__
+    values = [{**names, **options}[name] for name in names]
+    plan = generation._plan(model, PROMPTS, count, *values)
+    start, step = (make(model, plan.choice) for make in
+                   (generation._make_start, generation._make_step))  # fmt: skip
+    inputs = [keras.ops.convert_to_tensor(x) for x in plan.inputs()]
+    with torch.no_grad():
+        state = start(*inputs)
+    position = keras.ops.convert_to_tensor(np.int32(plan.tokens.shape[1]))
+    return step, (position, *state, inputs[2][1], inputs[3])
+
+
+def graphs(model):
+    functions = model.generators.functions.values()
+    captured = [x for x in functions if isinstance(x, _torch.Captured)]
+    return [graph for x in captured for graph in x.graphs.values()]
+
+
+SAMPLED = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_step_is_the_eager_one_bit_for_bit(at_once, options):
+    model = make(options)
+    for how in ({}, SAMPLED):
+        step, args = first_step(model, **how)
+        with torch.no_grad():
+            expected = step(*args)
+        captured = _torch.Captured(step, (3,))
+        actual = captured(*args)
+        for x, y in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+            assert torch.equal(x, y)
+        [graph] = captured.graphs.values()
+        assert isinstance(graph, torch.fx.GraphModule)
+
+
+@pytest.mark.parametrize(
+    "options", ["ssmax_bias", "softpick_scaled", "groups", "three_scales", "padding"]
+)
+def test_tokens_are_the_eager_ones_before_and_after_capture(options, monkeypatch):
+    model = make(options)
+    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
+    options = {"temperature": 1.5, "seed": 1}
+    expected = model.generate(PROMPTS, 24, **options)
+    model.generators.functions.clear()
+    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 7)
+    for _ in range(2):
+        for x, y in zip(
+            model.generate(PROMPTS, 24, temperature=1.5, seed=1), expected, strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+    [graph] = graphs(model)  # not one for each number of tokens
+    assert isinstance(graph, torch.fx.GraphModule)
+    model.generate(PROMPTS, 20, temperature=1.5)
+    assert len(graphs(model)) == 1
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "float64"])
+def test_other_dtypes_are_captured(at_once, policy):
+    model = CausalLM(13, 12, 1, 2, dtype=policy)
+    step, args = first_step(model)
+    with torch.no_grad():
+        expected = pytree.tree_leaves(step(*args))
+    for x, y in zip(pytree.tree_leaves(_torch.Captured(step, (3,))(*args)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_graph_reads_the_weights_as_they_are(at_once):
+    model = make("softpick_scaled")
+    model.generate(PROMPTS, 3)
+    weights = [np.random.default_rng(i).normal(size=w.shape) for i, w in enumerate(model.weights)]
+    other = make("softpick_scaled")
+    for x in (model, other):
+        x.set_weights(weights)
+    for x, y in zip(model.generate(PROMPTS, 8), other.generate(PROMPTS, 8), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert len(graphs(model)) == 1
+
+
+def test_quantized_model_is_captured_anew(at_once):
+    model = make("untied")
+    model.generate(PROMPTS, 3)
+    model.quantize("int8")
+    step, args = first_step(model)
+    with torch.no_grad():
+        expected = step(*args)[0]
+    tokens = [x[1] for x in model.generate(PROMPTS, 3)]
+    np.testing.assert_array_equal(tokens, expected.numpy())
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors that are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "ssmax", "softpick"])
+def test_step_takes_at_most_100_operations_a_layer(at_once, normalizer):
+    layers = 4
+    step, args = first_step(CausalLM(13, 16, layers, 2, normalizer=normalizer))
+    with torch.no_grad(), Operations() as eager:
+        step(*args)
+    assert eager.count.total() <= 100 * layers
+    captured = _torch.Captured(step, (3,))
+    captured(*args)
+    with Operations() as graph:
+        captured(*args)
+    assert graph.count.total() <= 92 * layers
+    assert graph.count["aten.cos.default"] == 1  # of angles, for all layers
+    assert graph.count["aten.index_copy_.default"] == 2 * layers + 1  # keys, values; one mask
+    assert graph.count["aten.index_copy.default"] == graph.count["aten.clone.default"] == 0
+
+
+class Branches(keras.layers.Layer):
+    """A layer that no graph holds: it looks at numbers."""
+
+    def call(self, x):
+        return x * 2 if float(keras.ops.max(x)) > 0 else x
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch):
+    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
+    model = CausalLM(13, 12, 1, 2, activation=Branches())
+    expected = model.generate(PROMPTS, 6)
+    model.generators.functions.clear()
+    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 2)
+    with pytest.warns(UserWarning, match="could not be captured.*The reason: ") as caught:
+        actual = model.generate(PROMPTS, 6)
+    assert len([x for x in caught if "captured" in str(x.message)]) == 1
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_graphs_die_with_their_model(at_once):
+    model = make("untied")
+    model.generate(PROMPTS, 3)
+    held = [weakref.ref(x) for x in (model, *graphs(model), model.weights[0].value)]
+    assert len(held) == 3
+    del model
+    gc.collect()
+    assert not any(x() for x in held)
+
+
+def test_what_watches_layers_sees_every_step(at_once):
+    model = make("untied")
+    model.generate(PROMPTS, 4)
+    seen = []
+
+    class Watch:
+        def attended(self, layer, weights, visible):
+            seen.append(layer)
+
+        def transformed(self, layer, values, mask):
+            pass
+
+    with observed_by(Watch()):
+        model.generate(PROMPTS, 4)
+    assert seen == [model.blocks[0].attention] * 4
+    seen.clear()
+    hook = model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    model.generate(PROMPTS, 4)
+    hook.remove()
+    model.generate(PROMPTS, 4)
+    assert len(seen) == 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_compile_compiles_the_graph(at_once):
+    model = make("untied")
+    expected = model.generate(PROMPTS, 6)
+    model.compile(jit_compile=True)
+    for x, y in zip(model.generate(PROMPTS, 6), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert [isinstance(x, torch.fx.GraphModule) for x in graphs(model)] == [True, False]
+
+
+# The optimization of graphs
+
+
+def optimized(function, *args, consumed=()):
+    graph = make_fx(torch.func.functionalize(function))(*args)
+    _torch.optimize(graph, consumed)
+    names = [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    return graph, names
+
+
+def test_constants_are_computed_once_and_the_same_things_too():
+    def function(x):
+        steps = torch.arange(3) * torch.tensor(2.0)
+        again = torch.arange(3) * torch.tensor(2.0)
+        return torch.sin(x + steps) + torch.sin(x + again)
+
+    x = torch.ones(3)
+    graph, names = optimized(function, x)
+    assert names == ["add", "sin", "add_2"]
+    assert torch.equal(graph(x), function(x))
+
+
+def test_weights_are_no_constants():
+    weight = torch.nn.Parameter(torch.ones(3))
+    held = torch.ones(3)
+    graph, _ = optimized(lambda x: x + torch.exp(weight) + torch.exp(held), torch.ones(3))
+    with torch.no_grad():
+        weight.zero_()
+        held.zero_()
+    assert torch.equal(graph(torch.ones(3)), torch.full((3,), 3.0))
+
+
+def test_draws_are_neither_constants_nor_the_same():
+    graph, names = optimized(lambda x: torch.rand(3) - torch.rand(3) + x, torch.zeros(3))
+    assert sum("rand" in name for name in names) == 2
+    assert not torch.equal(graph(torch.zeros(3)), graph(torch.zeros(3)))
+
+
+def test_writes_over_what_is_consumed_and_read_by_nobody_else():
+    index, new = torch.tensor([1]), torch.ones(1)
+
+    def write(x, y):
+        return x.index_copy(0, index, new), y.index_copy(0, index, new) + y
+
+    x, y = torch.zeros(3), torch.zeros(3)
+    graph, _ = optimized(write, x, y, consumed=(0, 1))
+    first, second = graph(x, y)
+    assert x.tolist() == first.tolist() == [0, 1, 0]
+    assert first.data_ptr() == x.data_ptr()
+    assert y.tolist() == [0, 0, 0]
+    assert second.tolist() == [0, 1, 0]
+
+
+def test_operations_in_place_are_refused():
+    graph = make_fx(lambda x: (x * 1).add_(1))(torch.ones(2))
+    with pytest.raises(ValueError, match="add_.* changes what it is given"):
+        _torch.optimize(graph)
