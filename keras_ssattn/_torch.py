@@ -30,6 +30,14 @@ def fused_attention(
     return out.transpose(1, 2)
 
 
+def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """A copy of `old`, `[B, S, ...]`, with `new` at positions `index` of S; it keeps the strides.
+
+    Keras makes an index of every entry.
+    """
+    return torch.ops.aten.index_put(old, [None, index], new)
+
+
 without_gradients = torch.no_grad()
 
 
@@ -59,30 +67,31 @@ class Captured:
         self.graphs: dict[tuple, Callable] = {}
 
     def __call__(self, *args: Any) -> Any:
-        leaves = pytree.tree_leaves(args)
-        key = tuple((x.shape, x.dtype, x.device) for x in leaves)
+        leaves, structure = pytree.tree_flatten(args)
+        key = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
         if key not in self.graphs:
             self.runs[key] = self.runs.get(key, 0) + 1
             if self.runs[key] <= self.EAGER_RUNS:
                 return self.function(*args)
-            self.graphs[key] = self._capture(args)
+            self.graphs[key] = self._capture(leaves, structure)
         with torch.inference_mode():
-            return self.graphs[key](*args)
+            return self.graphs[key](*leaves)
 
-    def _capture(self, args: tuple) -> Callable:
-        """The graph for arguments of these shapes, or the function itself."""
+    def _capture(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> Callable:
+        """The graph for tensors of these shapes, or the function itself of the tensors."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
+        def function(*leaves: Tensor) -> Any:
+            return self.function(*pytree.tree_unflatten(leaves, structure))
+
+        places = pytree.tree_unflatten(range(len(leaves)), structure)
+        consumed = pytree.tree_leaves([places[i] for i in self.consumed])
         try:
             with torch.no_grad():
-                graph = make_fx(self.function)(*args)
+                graph = make_fx(function)(*leaves)
                 # a second time, since some of PyTorch's functions are of operations in place
-                graph = make_fx(torch.func.functionalize(graph))(*args)
-            numbered = pytree.tree_unflatten(
-                range(len(pytree.tree_leaves(args))), pytree.tree_structure(args)
-            )
-            optimize(graph, {i for place in self.consumed
-                             for i in pytree.tree_leaves(numbered[place])})  # fmt: skip
+                graph = make_fx(torch.func.functionalize(graph))(*leaves)
+            optimize(graph, consumed)
             return torch.compile(graph) if self.compiled else graph
         except Exception as error:  # whatever a layer of the user's own does
             warnings.warn(
@@ -90,7 +99,7 @@ class Captured:
                 f"by layer. The reason: {error}",
                 stacklevel=2,
             )
-            return self.function
+            return function
 
 
 def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None:
@@ -129,12 +138,14 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for i in consumed:
         users = list(inputs[i].users)
-        if len(users) == 1 and users[0].target is torch.ops.aten.index_copy.default:
-            users[0].target = torch.ops.aten.index_copy_.default
+        if [x.target for x in users] == [torch.ops.aten.index_put.default]:
+            users[0].target = torch.ops.aten.index_put_.default
     for node in graph.nodes:
         name = node.op == "call_function" and node.target.__name__.split(".")[0]
         if name in FUNCTIONS:
             node.target = getattr(torch if hasattr(torch, name) else torch.Tensor, name)
+        elif node.op == "get_attr":  # found at once, and not among a module's own parameters
+            vars(module)[node.target] = getattr(module, node.target)
     module.recompile()
 
 

@@ -1,15 +1,17 @@
-"""Tokens per second of `CausalLM.generate`, beside KerasHub's `LlamaCausalLM` of the same size.
+"""Tokens per second of `CausalLM.generate`, beside models of the same size that others have.
 
-Both have the same numbers of layers, heads and features, the same vocabulary, gated feed-forward
-networks and rotary positions, random weights, float32; both generate greedily with their caches,
-compiled as they compile by themselves, in turn in one process. The median of the rounds' ratios
-is reported, first calls left out. Then our time per token as the cache grows.
+They are KerasHub's `LlamaCausalLM` and, on PyTorch, Hugging Face's `LlamaForCausalLM`. All have
+the same numbers of layers, heads and features, the same vocabulary, gated feed-forward networks
+and rotary positions, random weights, float32; all generate greedily with their caches, compiled
+as they compile by themselves, in turn in one process. The medians of the rounds' ratios are
+reported, first calls left out. Then our time per token by the length of the cache.
 
-    pip install keras-hub
+    pip install keras-hub transformers
     KERAS_BACKEND=jax python examples/benchmarks/generation.py
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -54,10 +56,35 @@ def make_reference(args: argparse.Namespace) -> Any:
     return model
 
 
+def make_transformers(args: argparse.Namespace) -> Any:
+    """Hugging Face's model of that size, on PyTorch."""
+    import transformers
+
+    feed_forward = make_ours(args, "softmax").blocks[0].feed_forward
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        hidden_size=args.hidden_size,
+        intermediate_size=feed_forward.down.kernel.shape[0],
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def generator_of(model: Any, prompts: np.ndarray, new: int) -> Callable:
     """A function that generates `new` tokens for each prompt and waits for them."""
     if isinstance(model, CausalLM):
         return lambda: np.array(model.generate(prompts, new))
+    if not isinstance(model, keras.Model):
+        import torch
+
+        tokens = torch.tensor(prompts)
+        options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
+        options["attention_mask"] = torch.ones_like(tokens)
+        return lambda: model.generate(tokens, **options)[:, prompts.shape[1] :].numpy()
     shape = (len(prompts), prompts.shape[1] + new)
     tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, "int32")
     tokens[:, : prompts.shape[1]], mask[:, : prompts.shape[1]] = prompts, 1
@@ -78,6 +105,8 @@ def compare(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     """A row for each model at a batch size."""
     prompts = np.random.default_rng(0).integers(1, VOCABULARY, (batch, args.prompt))
     models = {"keras_hub": make_reference(args)}
+    if keras.backend.backend() == "torch":
+        models["transformers"] = make_transformers(args)
     models |= {name: make_ours(args, name) for name in NORMALIZERS}
     calls = {name: generator_of(model, prompts, args.new) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -86,26 +115,33 @@ def compare(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
             taken = time_of(call)
             if repeat:
                 seconds[name].append(taken)
-    reference = seconds["keras_hub"]
+    references = {
+        "ratio": seconds["keras_hub"],
+        "ratio_to_transformers": seconds.get("transformers"),
+    }
     return [
         {
             "name": name,
             "batch": batch,
-            "parameters": models[name].count_params(),
             "tokens_per_second": batch * args.new / float(np.median(seconds[name])),
-            "ratio": float(np.median(np.divide(reference, seconds[name]))),
+            **{
+                kind: float(np.median(np.divide(reference, seconds[name])))
+                for kind, reference in references.items()
+                if reference is not None
+            },
         }
         for name in models
     ]
 
 
 def time_per_token(args: argparse.Namespace, normalizer: str, length: int) -> float:
-    """Median seconds of a token that sees about `length` others: of two runs' difference."""
+    """Median seconds of a token with a cache of so many positions, whatever is in them."""
     model = make_ours(args, normalizer)
-    prompt = np.random.default_rng(0).integers(1, VOCABULARY, (1, length))
-    calls = [generator_of(model, prompt, new) for new in (args.new // 2, args.new)]
-    seconds = [[time_of(call) for call in calls] for _ in range(args.repeats + 1)][1:]
-    return float(np.median(np.diff(seconds))) / (args.new - args.new // 2)
+    prompt = np.random.default_rng(0).integers(1, VOCABULARY, (1, 32))
+    tokens = model.stream(prompt, length - prompt.shape[1])
+    for _ in range(args.warmup):  # the first compile
+        next(tokens)
+    return float(np.median([time_of(lambda: next(tokens)) for _ in range(args.steps)]))
 
 
 def cpu_count() -> int:
@@ -115,11 +151,15 @@ def cpu_count() -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, and returns the tables as a dictionary."""
-    sizes = ("layers", "heads", "hidden_size", "prompt", "new", "repeats")
+    sizes = ("layers", "heads", "hidden_size", "prompt", "new", "repeats", "steps")
+    others = {}
+    if keras.backend.backend() == "torch":
+        others["transformers"] = importlib.metadata.version("transformers")
     return {
         "backend": keras.backend.backend(),
         "keras": keras.version(),
         "keras_hub": keras_hub.__version__,
+        **others,
         "keras_ssattn": keras_ssattn.__version__,
         "cpu_count": cpu_count(),
         **{x: getattr(args, x) for x in sizes},
@@ -140,20 +180,28 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=192, help="tokens to generate")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 32768])
+    parser.add_argument("--warmup", type=int, default=24, help="tokens before those timed")
+    parser.add_argument("--steps", type=int, default=40, help="tokens timed at each length")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a short run, of no meaning")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON file to write")
     args = parser.parse_args()
     if args.small:
         args.layers, args.hidden_size, args.prompt, args.new = 1, 32, 32, 8
-        args.lengths, args.batches, args.repeats = [32, 64], [2], 1
+        args.lengths, args.batches, args.repeats = [64, 128], [2], 1
+        args.warmup, args.steps = 2, 3
     result = measure(args)
     print("Greedy generation on {backend}, {layers} layers of {hidden_size}".format(**result))
     for row in result["rows"]:
         print(
             f"batch {row['batch']}: {row['name']:20} {row['tokens_per_second']:8.0f} tokens/s, "
-            f"x {row['ratio']:.2f}"
+            f"x {row['ratio']:.2f} of KerasHub's"
+            + (
+                f", x {row['ratio_to_transformers']:.2f} of transformers'"
+                if "ratio_to_transformers" in row
+                else ""
+            )
         )
     for name, by_length in result["seconds_per_token"].items():
         cells = (f"{1e3 * x:.2f} ms at {length}" for length, x in by_length.items())

@@ -19,6 +19,14 @@ def load(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {b: json.loads(path.read_text()) for b, path in paths.items() if path.exists()}
 
 
+def cell(row: dict[str, Any]) -> str:
+    """Tokens per second, and of our models the ratios to the others'."""
+    ratios = [row[kind] for kind in ("ratio", "ratio_to_transformers") if kind in row]
+    ours = row["name"] in MODELS
+    ratio = f" (x {', x '.join(f'{x:.2f}' for x in ratios)})" if ours else ""
+    return f"{row['tokens_per_second']:.0f}{ratio}"
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Tokens per second and their ratio to KerasHub's, and the time of a token, as Markdown."""
     batches = sorted({row["batch"] for result in results.values() for row in result["rows"]})
@@ -26,20 +34,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     header = [f"{BACKENDS[b]}, batch {n}" for b, n in columns]
     lines = ["| tokens per second | " + " | ".join(header) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    for name in (*MODELS, "keras_hub"):
+    for name in (*MODELS, "keras_hub", "transformers"):
         cells = []
         for backend, batch in columns:
-            [row] = [
-                x for x in results[backend]["rows"] if (x["name"], x["batch"]) == (name, batch)
-            ]
-            ratio = "" if name == "keras_hub" else f" (x {row['ratio']:.2f})"
-            cells.append(f"{row['tokens_per_second']:.0f}{ratio}")
+            rows = results[backend]["rows"]
+            found = [x for x in rows if (x["name"], x["batch"]) == (name, batch)]
+            cells.append(cell(found[0]) if found else "")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     cores = {1: "one core", 2: "two cores"}
     names = [
         f"{BACKENDS[b]}, {cores.get(x['cpu_count'], x['cpu_count'])}" for b, x in results.items()
     ]
-    lines += ["", "| ms per token after so many tokens | " + " | ".join(names) + " |"]
+    lines += ["", "| ms per token with a cache of so many positions | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for name in MODELS:
         cells = []

@@ -60,7 +60,7 @@ def project(owner: Layer, layer: keras.layers.EinsumDense, x: Tensor) -> Tensor:
 
     Its einsum takes ten operations on tensors, which at one token take longer than the product.
     """
-    if not adds_nothing(owner, layer, x):
+    if type(layer) is not keras.layers.EinsumDense or not adds_nothing(owner, layer, x):
         return layer(x)
     kernel = ops.convert_to_tensor(layer.kernel)  # with that of LoRA
     batch, length, *inner = x.shape

@@ -67,12 +67,12 @@ def make_cache(
     >>> ops.make_cache(2, 32, 4, 16, value_dim=8).value.shape
     (2, 32, 4, 8)
     """
-    shape = (batch_size, length, num_kv_heads)
-    return Cache(
-        ops.zeros((*shape, key_dim), dtype),
-        ops.zeros((*shape, value_dim or key_dim), dtype),
-        ops.ones((batch_size, length), "bool"),
+    keys, values = (
+        # of each head in one piece, as PyTorch multiplies matrices
+        ops.transpose(ops.zeros((batch_size, num_kv_heads, length, size), dtype), (0, 2, 1, 3))
+        for size in (key_dim, value_dim or key_dim)
     )
+    return Cache(keys, values, ops.ones((batch_size, length), "bool"))
 
 
 def update_cache(
@@ -142,12 +142,13 @@ def _write(index: int | Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
         return [_write_slice(old, index, new) for old, new in pairs]
     if len(index.shape) == 1:
         return [_write_by_row(old, index, new) for old, new in pairs]
-    # PyTorch: Keras would make an index of every entry
+    from keras_ssattn import _torch
+
     index = ops.cast(ops.reshape(index, (1,)), "int64")
     length = pairs[0][1].shape[1]
     if not is_known(length) or length != 1:
         index = index + ops.arange(0, length, dtype="int64")
-    return [old.index_copy(1, index, new) for old, new in pairs]
+    return [_torch.write(old, index, new) for old, new in pairs]
 
 
 def _write_slice(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
