@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import Size, Tensor
-from keras_ssattn.ops import stacks
+from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
 from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles, row_sum, transpose
 from keras_ssattn.ops.kernels import Kernel
@@ -110,10 +110,9 @@ def _adder(
         f, dx = kernel.gradient(x, tile.maximum, upstream, tile.delta)
         if cut and kernel.linear:
             dx = dx * ops.cast(tiles.band.visible(i, j), dtype_of(dx))
-        dks = stacks.add(dks, j, tile.q_transposed @ dx)
-        dvs = stacks.add(dvs, j, tile.dn_transposed @ f)
-        dq += dx @ widen(keys[j])
-        return dq, dks, dvs
+        dks = in_place.add_product_to(dks, j, tile.q_transposed, dx)
+        dvs = in_place.add_product_to(dvs, j, tile.dn_transposed, f)
+        return in_place.add_product(dq, dx, widen(keys[j])), dks, dvs
 
     return add
 
@@ -137,10 +136,10 @@ def _add_linear(
 
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         signed, state, dks, states = carry
-        sign = ops.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
-        dks = stacks.add(dks, j, towards_keys @ sign)
+        sign = in_place.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
+        dks = in_place.add_product_to(dks, j, towards_keys, sign)
         states = stacks.add(states, j, outer)
-        signed += sign @ widen(keys[j])
+        signed = in_place.add_product(signed, sign, widen(keys[j]))
         state += products[j]
         return signed, state, dks, states
 

@@ -20,9 +20,9 @@ from keras import ops
 
 from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
-from keras_ssattn.ops import stacks
+from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.kernels import TILES, Kernel
 
 
 class Residuals(NamedTuple):
@@ -130,10 +130,9 @@ def _adder(
             m = higher
             total *= shrink
             out *= shrink
-        f, g = kernel.values(x, m)
+        f, g = kernel.values(x, m, TILES)
         total += row_sum(g)
-        out += f @ widen(values[j])
-        return m, total, out
+        return m, total, in_place.add_product(out, f, widen(values[j]))
 
     return add
 
@@ -151,7 +150,7 @@ def _add_linear(
 
     def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         total, state = carry
-        total += row_sum(abs(tiles.logits(q, keys[j], i, j, cut=False)))
+        total += row_sum(in_place.absolute(tiles.logits(q, keys[j], i, j, cut=False)))
         state += products[j]
         return total, state
 
