@@ -1,8 +1,9 @@
-"""Functions of tiles, which on PyTorch write their result over their argument.
+"""Operations on tiles, which on PyTorch write their result over their argument.
 
-A tile is read and written once for each operation there, and memory that is written for the first
-time is slower than the arithmetic. Elsewhere the functions are those of `keras.ops`, which the
-compiler joins. The argument may not be used again, and nothing here is differentiated on PyTorch.
+PyTorch runs them one by one. There, memory that is new costs more than the arithmetic, and so does
+Keras's dispatch for small tiles: a method of the tensor has neither. Elsewhere a compiler joins
+the operations of `keras.ops`. An argument that is written over may not be used again. PyTorch
+differentiates none of this.
 """
 
 from keras import ops
@@ -11,23 +12,32 @@ from keras_ssattn._typing import Size, Tensor
 from keras_ssattn.ops import stacks
 
 
+def subtract(x: Tensor, y: Tensor) -> Tensor:
+    """`x - y`, for y that broadcasts to x; it is x that is written over."""
+    return x.sub_(y) if stacks.runs_eagerly() else x - y
+
+
 def exp(x: Tensor) -> Tensor:
     return x.exp_() if stacks.runs_eagerly() else ops.exp(x)
 
 
 def expm1(x: Tensor) -> Tensor:
-    """e^x - 1, as tanh(x / 2) (e^x + 1) on a CPU, where PyTorch's own takes twice the time.
+    return expm1_and_exp(x)[0]
 
-    Both factors are exact to a rounding or two for every x, so the product is as exact near 0.
+
+def expm1_and_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e^x - 1 and e^x.
+
+    On a CPU PyTorch's own e^x - 1 takes three times as long as tanh(x / 2) (e^x + 1), which is the
+    same. Both factors are exact to a rounding or two at every x, so the product is exact near 0.
     """
-    if not stacks.runs_eagerly():
-        return ops.expm1(x)
-    if x.device.type != "cpu":
-        return x.expm1_()
-    e = x.exp()
-    e += 1.0
-    x *= 0.5
-    return x.tanh_().mul_(e)
+    if stacks.runs_eagerly() and x.device.type == "cpu":
+        e = x.exp()
+        x *= 0.5
+        x.tanh_()
+        return x.addcmul_(x, e), e
+    d = x.expm1_() if stacks.runs_eagerly() else ops.expm1(x)
+    return d, d + 1.0
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -56,3 +66,22 @@ def add_product_to(tiles: Tensor, index: Size, x: Tensor, y: Tensor) -> Tensor:
         return stacks.add(tiles, index, x @ y)
     add_product(tiles[index], x, y)
     return tiles
+
+
+# These write over nothing.
+
+
+def row_sum(x: Tensor) -> Tensor:
+    if stacks.runs_eagerly():
+        return x.sum(-1, keepdim=True)
+    return ops.sum(x, axis=-1, keepdims=True)
+
+
+def row_maximum(x: Tensor) -> Tensor:
+    if stacks.runs_eagerly():
+        return x.amax(-1, keepdim=True)
+    return ops.max(x, axis=-1, keepdims=True)
+
+
+def transpose(x: Tensor) -> Tensor:
+    return x.mT if stacks.runs_eagerly() else ops.swapaxes(x, -1, -2)

@@ -44,15 +44,16 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 class Functions(NamedTuple):
-    """What the formulas are made of. Those of `TILES` may write over their argument."""
+    """What the formulas are made of. Those of `TILES` may write over their first argument."""
 
+    subtract: Callable[[Tensor, Tensor], Tensor]
     exp: Callable[[Tensor], Tensor]
     expm1: Callable[[Tensor], Tensor]
     absolute: Callable[[Tensor], Tensor]
 
 
-ROWS = Functions(ops.exp, ops.expm1, magnitude)
-TILES = Functions(in_place.exp, in_place.expm1, in_place.absolute)
+ROWS = Functions(operator.sub, ops.exp, ops.expm1, magnitude)
+TILES = Functions(in_place.subtract, in_place.exp, in_place.expm1, in_place.absolute)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,14 +113,13 @@ class Softmax(Kernel):
         return float(np.finfo(dtype).min)  # finite, so that m - m is 0
 
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
-        e = on.exp(x - m)
+        e = on.exp(on.subtract(x, m))
         return e, e
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x -= m
-        e = in_place.exp(x)
+        e, _ = self.values(x, m, TILES)
         upstream -= delta
         upstream *= e
         return e, upstream
@@ -199,14 +199,10 @@ class RectifiedSoftpick(Kernel):
             lambda x: 2.0**-126 <= x < float("inf"),
         )
 
-    def difference(self, x: Tensor, m: Tensor, on: Functions) -> Tensor:
-        """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        d = on.expm1(x - m)
-        d -= ops.expm1(-m)
-        return d
-
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
-        d = self.difference(x, m, on)
+        """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
+        d = on.expm1(on.subtract(x, m))
+        d -= ops.expm1(-m)
         f = ops.relu(d)
         return f, on.absolute(d)
 
@@ -214,9 +210,9 @@ class RectifiedSoftpick(Kernel):
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
         """With dx = (relu(s) dN . v - delta) s e^(x - m), s the sign of x."""
-        d = self.difference(x, m, TILES)
-        s = in_place.sign(x)
-        e = d + ops.exp(-m)
+        s = ops.sign(x)
+        d, e = in_place.expm1_and_exp(in_place.subtract(x, m))
+        d -= ops.expm1(-m)
         e *= s
         upstream *= in_place.relu(s)
         upstream -= delta

@@ -13,7 +13,7 @@ from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles, row_sum, transpose
+from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles
 from keras_ssattn.ops.kernels import Kernel
 
 
@@ -60,7 +60,12 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
         dqs, sums = stores[0], Sums(*stores[1:])
         q, dn = widen(queries[i]), upstreams[i] / totals[i]
         tile = QueryTile(
-            q, transpose(q), maxima[i], dn, transpose(dn), delta=row_sum(dn * outputs[i])
+            q,
+            in_place.transpose(q),
+            maxima[i],
+            dn,
+            in_place.transpose(dn),
+            delta=in_place.row_sum(dn * outputs[i]),
         )
         dq = ops.zeros(ops.shape(q), dtype)
         for start, stop, cut in band.ranges(i):
@@ -85,14 +90,14 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
     stores = tuple(stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
     *stores, states = ops.fori_loop(0, count, over_queries, stores)
     dq, dk, dv = (stacks.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
-    dk, dv = transpose(dk), transpose(dv)
+    dk, dv = in_place.transpose(dk), in_place.transpose(dv)
     if kernel.linear:
         states = stacks.stack(states, tiles.state_shape, dtype)
-        dk = dk + widen(tiles.values) @ transpose(states)
+        dk = dk + widen(tiles.values) @ in_place.transpose(states)
         dv = dv + widen(tiles.keys) @ states
     constants = ()
     if kernel.tensors:
-        delta = row_sum(upstream * residuals.outputs) / residuals.totals
+        delta = in_place.row_sum(upstream * residuals.outputs) / residuals.totals
         constants = kernel.constant_gradient(residuals.maxima, delta)
     return Gradients(dq, dk, dv, constants)
 
@@ -106,7 +111,7 @@ def _adder(
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dq, dks, dvs = carry
         x = tiles.logits(tile.q, keys[j], i, j, cut)
-        upstream = tile.dn @ transpose(widen(values[j]))
+        upstream = tile.dn @ in_place.transpose(widen(values[j]))
         f, dx = kernel.gradient(x, tile.maximum, upstream, tile.delta)
         if cut and kernel.linear:
             dx = dx * ops.cast(tiles.band.visible(i, j), dtype_of(dx))
@@ -131,7 +136,7 @@ def _add_linear(
 
     dx = dn . v - sign(x) delta, and only its second half needs x.
     """
-    towards_keys = transpose(-tile.delta * tile.q)
+    towards_keys = in_place.transpose(-tile.delta * tile.q)
     outer = tile.q_transposed @ tile.dn
 
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -146,5 +151,5 @@ def _add_linear(
     state = ops.zeros(tiles.state_shape, dtype_of(dq))
     carry = (ops.zeros_like(dq), state, sums.keys, sums.states)
     signed, state, dks, states = ops.fori_loop(*stretch, add, carry)
-    dq = dq + tile.dn @ transpose(state) - tile.delta * signed
+    dq = dq + tile.dn @ in_place.transpose(state) - tile.delta * signed
     return dq, sums._replace(keys=dks, states=states)

@@ -67,11 +67,11 @@ class Tiles:
     @functools.cached_property
     def products(self) -> Tensor | list[Tensor]:
         """The sum of k v^T over each tile: what the linear form keeps of it."""
-        return stacks.unstack(transpose(widen(self.keys)) @ widen(self.values))
+        return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))
 
     def logits(self, q: Tensor, k: Tensor, i: Size, j: Size, cut: bool) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
-        x = q @ transpose(widen(k))
+        x = q @ in_place.transpose(widen(k))
         if self.band.key_mask is not None:
             x = ops.where(self.band.key_mask[j], x, self.kernel.absent)
         if cut:
@@ -122,7 +122,7 @@ def _adder(
         m, total, out = rows
         x = tiles.logits(q, keys[j], i, j, cut)
         if kernel.headroom is not None:
-            peak = ops.max(x, axis=-1, keepdims=True)
+            peak = in_place.row_maximum(x)
             if kernel.headroom:
                 peak -= kernel.headroom
             higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
@@ -131,7 +131,7 @@ def _adder(
             total *= shrink
             out *= shrink
         f, g = kernel.values(x, m, TILES)
-        total += row_sum(g)
+        total += in_place.row_sum(g)
         return m, total, in_place.add_product(out, f, widen(values[j]))
 
     return add
@@ -150,18 +150,10 @@ def _add_linear(
 
     def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         total, state = carry
-        total += row_sum(in_place.absolute(tiles.logits(q, keys[j], i, j, cut=False)))
+        total += in_place.row_sum(in_place.absolute(tiles.logits(q, keys[j], i, j, cut=False)))
         state += products[j]
         return total, state
 
     carry = (rows.total, ops.zeros(tiles.state_shape, tiles.dtype))
     total, state = ops.fori_loop(*stretch, add, carry)
     return Rows(rows.maximum, total, rows.output + q @ state)
-
-
-def row_sum(x: Tensor) -> Tensor:
-    return ops.sum(x, axis=-1, keepdims=True)
-
-
-def transpose(x: Tensor) -> Tensor:
-    return ops.swapaxes(x, -1, -2)
