@@ -18,10 +18,12 @@ def subtract(x: Tensor, y: Tensor) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
+    """e^x."""
     return x.exp_() if stacks.runs_eagerly() else ops.exp(x)
 
 
 def expm1(x: Tensor) -> Tensor:
+    """e^x - 1."""
     return expm1_and_exp(x)[0]
 
 
@@ -31,7 +33,7 @@ def expm1_and_exp(x: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU PyTorch's own e^x - 1 takes three times as long as tanh(x / 2) (e^x + 1), which is the
     same. Both factors are exact to a rounding or two at every x, so the product is exact near 0.
     """
-    if stacks.runs_eagerly() and x.device.type == "cpu":
+    if stacks.runs_on_cpu_eagerly(x):
         e = x.exp()
         x *= 0.5
         x.tanh_()
@@ -41,14 +43,17 @@ def expm1_and_exp(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absolute(x: Tensor) -> Tensor:
+    """|x|."""
     return x.abs_() if stacks.runs_eagerly() else abs(x)
 
 
 def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
     return x.relu_() if stacks.runs_eagerly() else ops.relu(x)
 
 
 def sign(x: Tensor) -> Tensor:
+    """The sign of x, 0 for 0."""
     return x.sign_() if stacks.runs_eagerly() else ops.sign(x)
 
 
@@ -72,16 +77,24 @@ def add_product_to(tiles: Tensor, index: Size, x: Tensor, y: Tensor) -> Tensor:
 
 
 def row_sum(x: Tensor) -> Tensor:
+    """The sum over the last axis, which stays."""
     if stacks.runs_eagerly():
         return x.sum(-1, keepdim=True)
     return ops.sum(x, axis=-1, keepdims=True)
 
 
 def row_maximum(x: Tensor) -> Tensor:
+    """The maximum over the last axis, which stays."""
     if stacks.runs_eagerly():
         return x.amax(-1, keepdim=True)
     return ops.max(x, axis=-1, keepdims=True)
 
 
+def maximum(x: Tensor, y: Tensor) -> Tensor:
+    """The greater of x and y; y where x is NaN. Keras's own may round float64."""
+    return x.where(x > y, y) if stacks.runs_eagerly() else ops.where(x > y, x, y)
+
+
 def transpose(x: Tensor) -> Tensor:
+    """Exchanges the last two axes."""
     return x.mT if stacks.runs_eagerly() else ops.swapaxes(x, -1, -2)

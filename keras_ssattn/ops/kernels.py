@@ -202,7 +202,7 @@ class RectifiedSoftpick(Kernel):
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
         """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
         d = on.expm1(on.subtract(x, m))
-        d -= ops.expm1(-m)
+        d -= on.expm1(-m)
         f = ops.relu(d)
         return f, on.absolute(d)
 
@@ -212,7 +212,7 @@ class RectifiedSoftpick(Kernel):
         """With dx = (relu(s) dN . v - delta) s e^(x - m), s the sign of x."""
         s = ops.sign(x)
         d, e = in_place.expm1_and_exp(in_place.subtract(x, m))
-        d -= ops.expm1(-m)
+        d -= in_place.expm1(-m)
         e *= s
         upstream *= in_place.relu(s)
         upstream -= delta

@@ -74,7 +74,7 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
             else:
                 step = _adder(tiles, tile, keys, values, i, cut)
                 carry = (dq, sums.keys, sums.values)
-                dq, dks, dvs = ops.fori_loop(start, stop, step, carry)
+                dq, dks, dvs = stacks.loop(start, stop, step, carry)
                 sums = sums._replace(keys=dks, values=dvs)
         return stacks.write(dqs, i, dq), *sums
 
@@ -88,7 +88,7 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
     )
     counts = (count, key_tiles, key_tiles, key_tiles if kernel.linear else 0)
     stores = tuple(stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
-    *stores, states = ops.fori_loop(0, count, over_queries, stores)
+    *stores, states = stacks.loop(0, count, over_queries, stores)
     dq, dk, dv = (stacks.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
     dk, dv = in_place.transpose(dk), in_place.transpose(dv)
     if kernel.linear:
@@ -150,6 +150,6 @@ def _add_linear(
 
     state = ops.zeros(tiles.state_shape, dtype_of(dq))
     carry = (ops.zeros_like(dq), state, sums.keys, sums.states)
-    signed, state, dks, states = ops.fori_loop(*stretch, add, carry)
+    signed, state, dks, states = stacks.loop(*stretch, add, carry)
     dq = dq + tile.dn @ in_place.transpose(state) - tile.delta * signed
     return dq, sums._replace(keys=dks, states=states)

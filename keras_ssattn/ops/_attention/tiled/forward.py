@@ -97,7 +97,7 @@ def run(tiles: Tiles) -> Residuals:
                 rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
             else:
                 step = _adder(tiles, q, keys, values, i, cut)
-                rows = Rows(*ops.fori_loop(first, stop, step, tuple(rows)))
+                rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
         total = rows.total + kernel.constant(rows.maximum)
         total = ops.where(total > 0, total, 1.0)
         results = (rows.maximum, total, rows.output / total)
@@ -105,7 +105,7 @@ def run(tiles: Tiles) -> Residuals:
 
     shapes = (row_shape, row_shape, out_shape)
     stores = tuple(stacks.empty(count, x, dtype) for x in shapes)
-    stores = ops.fori_loop(0, count, over_queries, stores)
+    stores = stacks.loop(0, count, over_queries, stores)
     maxima, totals, outputs = (
         stacks.stack(s, x, dtype) for s, x in zip(stores, shapes, strict=True)
     )
@@ -125,8 +125,8 @@ def _adder(
             peak = in_place.row_maximum(x)
             if kernel.headroom:
                 peak -= kernel.headroom
-            higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
-            shrink = ops.exp(m - higher)
+            higher = in_place.maximum(peak, m)
+            shrink = in_place.exp(m - higher)
             m = higher
             total *= shrink
             out *= shrink
@@ -155,5 +155,5 @@ def _add_linear(
         return total, state
 
     carry = (rows.total, ops.zeros(tiles.state_shape, tiles.dtype))
-    total, state = ops.fori_loop(*stretch, add, carry)
+    total, state = stacks.loop(*stretch, add, carry)
     return Rows(rows.maximum, total, rows.output + q @ state)
