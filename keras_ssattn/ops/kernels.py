@@ -202,7 +202,7 @@ class RectifiedSoftpick(Kernel):
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
         """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
         d = on.expm1(on.subtract(x, m))
-        d -= on.expm1(-m)
+        d = on.subtract(d, on.expm1(-m))
         f = ops.relu(d)
         return f, on.absolute(d)
 

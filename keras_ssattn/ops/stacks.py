@@ -20,7 +20,7 @@ def runs_eagerly() -> bool:
 
 
 def runs_on_cpu_eagerly(x: Tensor) -> bool:
-    """Whether operations on x are so, and what they leave in a core's cache is there for the next."""
+    """Whether loops are so, and a core's cache may hold what an operation leaves to the next."""
     return runs_eagerly() and x.device.type == "cpu"
 
 
