@@ -1,7 +1,8 @@
 """Time, memory and growth of causal attention, relative to what Keras has.
 
 Every normalizer in every implementation, beside `keras.ops.dot_product_attention`, compiled (XLA
-on TensorFlow and JAX), in turn in one process; the median of the rounds' ratios is reported. On
+on TensorFlow and JAX), in turn in one process; the median of the rounds' ratios is reported, of the
+time on the clock and of the processor time, which other programs disturb less. On
 PyTorch `scaled_dot_product_attention` is measured too; where there is a GPU, also the flash
 kernels of PyTorch and of JAX in bfloat16. Peak memory is that of a process of its own for each,
 above what it held before the first pass, compilation included. The growth exponent is the slope
@@ -155,25 +156,32 @@ def make_passes(function: Callable, arrays: list[np.ndarray], dtype: str) -> dic
 def time_in_turn(args: argparse.Namespace, length: int, dtype: str) -> list[dict[str, Any]]:
     """A row for each name and pass, with its median time and its ratio to the reference."""
     arrays, names = make_arrays(args, length), names_at(length, dtype)
+    names = [x for x in names if not args.only or x in (REFERENCE, *args.only)]
     passes = {name: make_passes(attention(name), arrays, dtype) for name in names}
     rows = []
     for which in PASSES:
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        clock: dict[str, list[float]] = {name: [] for name in names}
+        processor: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(args.repeats + 1):  # the first compiles
             for name in names:
                 time.sleep(0 if args.small else PAUSE)
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 passes[name][which]()
                 if repeat:
-                    seconds[name].append(time.perf_counter() - start)
+                    clock[name].append(time.perf_counter() - start)
+                    processor[name].append(time.process_time() - used)
         rows += [
             {
                 "name": name,
                 "length": length,
                 "pass": which,
                 "dtype": dtype,
-                "seconds": float(np.median(seconds[name])),
-                "seconds_ratio": float(np.median(np.divide(seconds[name], seconds[REFERENCE]))),
+                "seconds": float(np.median(clock[name])),
+                "seconds_ratio": float(np.median(np.divide(clock[name], clock[REFERENCE]))),
+                "processor_seconds": float(np.median(processor[name])),
+                "processor_ratio": float(
+                    np.median(np.divide(processor[name], processor[REFERENCE]))
+                ),
             }
             for name in names
         ]
@@ -280,6 +288,7 @@ def print_table(result: dict[str, Any]) -> None:
         cells = f"{row['length']:7} {row['dtype']:9}{row['name']:36}{row['pass']:19}"
         if "seconds" in row:
             cells += f"{row['seconds']:9.3f} s   x {row['seconds_ratio']:6.3f}"
+            cells += f"   of the processor x {row['processor_ratio']:6.3f}"
         if "gibibytes" in row:
             cells += f"{row['gibibytes']:9.3f} GiB"
         if "gibibytes_ratio" in row:
@@ -296,6 +305,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--size", type=int, default=64, help="of each head")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="names to measure beside the reference")
     parser.add_argument("--alone", action="store_true", help="tiles only, each once")
     parser.add_argument("--small", action="store_true", help="short inputs; memory if --alone")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON file to write")

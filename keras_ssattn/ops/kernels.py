@@ -19,14 +19,15 @@ entries seen so far. Attention is :math:`o_i = \sum_j f(x_{ij}) v_j / Z_i`. With
     dv_j = \sum_i f(x_{ij}) dN_i, \quad dc = -\sum_i \delta_i
 
 Whole rows differentiate `values` and `constant`; tiles use `gradient` and `constant_gradient`.
-Where a tile is changed by augmented assignments, PyTorch does so in place, which spares it memory.
+Where a tile is changed by augmented assignments, or by functions of `in_place`, PyTorch writes over
+it, which spares it memory and time.
 """
 
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -34,6 +35,25 @@ from keras import ops
 from keras_ssattn._checks import check_choice, check_number
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import DType, Number, Tensor
+from keras_ssattn.ops import in_place
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
+    return x * ops.sign(x)
+
+
+class Functions(NamedTuple):
+    """What the formulas are made of. Those of `TILES` may write over their first argument."""
+
+    subtract: Callable[[Tensor, Tensor], Tensor]
+    exp: Callable[[Tensor], Tensor]
+    expm1: Callable[[Tensor], Tensor]
+    absolute: Callable[[Tensor], Tensor]
+
+
+ROWS = Functions(operator.sub, ops.exp, ops.expm1, magnitude)
+TILES = Functions(in_place.subtract, in_place.exp, in_place.expm1, in_place.absolute)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,16 +76,14 @@ class Kernel:
         """What m is at least."""
         return 0.0
 
-    def values(
-        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
-    ) -> tuple[Tensor, Tensor]:
-        """Returns f and g, with `magnitude` for |x| where they are differentiated."""
+    def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
+        """Returns f and g, on `ROWS`, which are differentiated, or on `TILES`."""
         raise NotImplementedError
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns f and dx; `upstream` is dN . v."""
+        """Returns f and dx of a tile; `upstream` is dN . v. Neither it nor x may be used again."""
         raise NotImplementedError
 
     def constant(self, m: Tensor) -> Number | Tensor:
@@ -94,17 +112,17 @@ class Softmax(Kernel):
     def start(self, dtype: DType) -> Number | Tensor:
         return float(np.finfo(dtype).min)  # finite, so that m - m is 0
 
-    def values(
-        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
-    ) -> tuple[Tensor, Tensor]:
-        e = ops.exp(x - m)
+    def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
+        e = on.exp(on.subtract(x, m))
         return e, e
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        e = ops.exp(x - m)
-        return e, e * (upstream - delta)
+        e, _ = self.values(x, m, TILES)
+        upstream -= delta
+        upstream *= e
+        return e, upstream
 
     def constant(self, m: Tensor) -> Number | Tensor:
         return 0.0
@@ -147,15 +165,14 @@ class Softpick(Kernel):
     linear = True
     prescale = 2.0**-24
 
-    def values(
-        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
-    ) -> tuple[Tensor, Tensor]:
-        return x, absolute(x)
+    def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
+        return x, on.absolute(x + 0.0)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return x, upstream - ops.sign(x) * delta
+        upstream -= ops.sign(x) * delta
+        return x, upstream
 
     def constant(self, m: Tensor) -> Number | Tensor:
         return self.prescale
@@ -182,27 +199,25 @@ class RectifiedSoftpick(Kernel):
             lambda x: 2.0**-126 <= x < float("inf"),
         )
 
-    def difference(self, x: Tensor, m: Tensor) -> Tensor:
-        """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        d = ops.expm1(x - m)
-        return d - ops.expm1(-m)
-
-    def values(
-        self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
-    ) -> tuple[Tensor, Tensor]:
-        d = self.difference(x, m)
-        return ops.relu(d), absolute(d)
+    def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
+        """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
+        d = on.expm1(on.subtract(x, m))
+        d = on.subtract(d, on.expm1(-m))
+        f = ops.relu(d)
+        return f, on.absolute(d)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        d, sign = self.difference(x, m), ops.sign(x)
-        f, slope = ops.relu(d), ops.relu(sign)
-        slope *= upstream
-        sign *= delta
-        slope -= sign
-        slope *= d + ops.exp(-m)
-        return f, slope
+        """With dx = (relu(s) dN . v - delta) s e^(x - m), s the sign of x."""
+        s = ops.sign(x)
+        d, e = in_place.expm1_and_exp(in_place.subtract(x, m))
+        d -= in_place.expm1(-m)
+        e *= s
+        upstream *= in_place.relu(s)
+        upstream -= delta
+        upstream *= e
+        return in_place.relu(d), upstream
 
     def constant(self, m: Tensor) -> Number | Tensor:
         return self.epsilon * ops.exp(-m)
@@ -248,7 +263,7 @@ def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | N
     if kernel.prescale != 1.0:
         x = x * kernel.prescale
     m = maximum(kernel, x, axis)
-    f, g = kernel.values(x, m, magnitude)
+    f, g = kernel.values(x, m, ROWS)
     total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
     return f / ops.where(total > 0, total, 1.0)
 
@@ -264,11 +279,6 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
         return start
     peak = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
     return ops.where(peak > start, peak, start)
-
-
-def magnitude(x: Tensor) -> Tensor:
-    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
-    return x * ops.sign(x)
 
 
 def entry_count(x: Tensor, axis: tuple[int, ...], mask: Tensor | None = None) -> Tensor | int:

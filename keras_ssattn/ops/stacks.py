@@ -5,6 +5,8 @@ by a traced index. PyTorch runs such loops eagerly, where a write would copy the
 keeps a list of tiles.
 """
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
@@ -15,6 +17,20 @@ from keras_ssattn._typing import DType, Shape, Size, Tensor
 def runs_eagerly() -> bool:
     """Whether loops are Python's own, with integers for indices."""
     return keras.backend.backend() == "torch"
+
+
+def runs_on_cpu_eagerly(x: Tensor) -> bool:
+    """Whether loops are so, and a core's cache may hold what an operation leaves to the next."""
+    return runs_eagerly() and x.device.type == "cpu"
+
+
+def loop(start: Size, stop: Size, step: Callable, carry: Tensor) -> Tensor:
+    """`ops.fori_loop`; Keras's own, on PyTorch, looks at every tile of lists first."""
+    if not runs_eagerly():
+        return ops.fori_loop(start, stop, step, carry)
+    for i in range(start, stop):
+        carry = step(i, carry)
+    return carry
 
 
 def count_of(length: Size, size: Size) -> Size:

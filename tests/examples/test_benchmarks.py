@@ -110,10 +110,20 @@ def test_attention_reports_every_implementation(tmp_path, backend):
         assert name in printed
         assert row["seconds"] > 0
         assert row["seconds_ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+        assert row["processor_seconds"] > 0
+        assert row["processor_ratio"] == pytest.approx(
+            row["processor_seconds"] / reference["processor_seconds"]
+        )
     for name, exponent in result["growth_exponent"].items():
         short, long = (rows[name, length, passes[1]]["seconds"] for length in (400, 800))
         assert exponent == pytest.approx(math.log2(long / short))
     assert set(result["growth_exponent"]) == expected
+
+
+def test_attention_reports_what_is_asked_for_alone(tmp_path):
+    result, _ = run_small("attention.py", tmp_path / "result.json", "--only", "softpick, tiled")
+    names = {row["name"] for row in result["rows"]}
+    assert names == {"keras.ops.dot_product_attention", "softpick, tiled"}
 
 
 def test_attention_on_a_gpu_is_measured_in_bfloat16_too(tmp_path, backend, monkeypatch):

@@ -11,9 +11,9 @@ from keras import ops
 
 from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import Size, Tensor
-from keras_ssattn.ops import stacks
+from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles, row_sum, transpose
+from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles
 from keras_ssattn.ops.kernels import Kernel
 
 
@@ -60,7 +60,12 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
         dqs, sums = stores[0], Sums(*stores[1:])
         q, dn = widen(queries[i]), upstreams[i] / totals[i]
         tile = QueryTile(
-            q, transpose(q), maxima[i], dn, transpose(dn), delta=row_sum(dn * outputs[i])
+            q,
+            in_place.transpose(q),
+            maxima[i],
+            dn,
+            in_place.transpose(dn),
+            delta=in_place.row_sum(dn * outputs[i]),
         )
         dq = ops.zeros(ops.shape(q), dtype)
         for start, stop, cut in band.ranges(i):
@@ -69,7 +74,7 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
             else:
                 step = _adder(tiles, tile, keys, values, i, cut)
                 carry = (dq, sums.keys, sums.values)
-                dq, dks, dvs = ops.fori_loop(start, stop, step, carry)
+                dq, dks, dvs = stacks.loop(start, stop, step, carry)
                 sums = sums._replace(keys=dks, values=dvs)
         return stacks.write(dqs, i, dq), *sums
 
@@ -83,16 +88,16 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
     )
     counts = (count, key_tiles, key_tiles, key_tiles if kernel.linear else 0)
     stores = tuple(stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
-    *stores, states = ops.fori_loop(0, count, over_queries, stores)
+    *stores, states = stacks.loop(0, count, over_queries, stores)
     dq, dk, dv = (stacks.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
-    dk, dv = transpose(dk), transpose(dv)
+    dk, dv = in_place.transpose(dk), in_place.transpose(dv)
     if kernel.linear:
         states = stacks.stack(states, tiles.state_shape, dtype)
-        dk = dk + widen(tiles.values) @ transpose(states)
+        dk = dk + widen(tiles.values) @ in_place.transpose(states)
         dv = dv + widen(tiles.keys) @ states
     constants = ()
     if kernel.tensors:
-        delta = row_sum(upstream * residuals.outputs) / residuals.totals
+        delta = in_place.row_sum(upstream * residuals.outputs) / residuals.totals
         constants = kernel.constant_gradient(residuals.maxima, delta)
     return Gradients(dq, dk, dv, constants)
 
@@ -106,14 +111,13 @@ def _adder(
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dq, dks, dvs = carry
         x = tiles.logits(tile.q, keys[j], i, j, cut)
-        upstream = tile.dn @ transpose(widen(values[j]))
+        upstream = tile.dn @ in_place.transpose(widen(values[j]))
         f, dx = kernel.gradient(x, tile.maximum, upstream, tile.delta)
         if cut and kernel.linear:
             dx = dx * ops.cast(tiles.band.visible(i, j), dtype_of(dx))
-        dks = stacks.add(dks, j, tile.q_transposed @ dx)
-        dvs = stacks.add(dvs, j, tile.dn_transposed @ f)
-        dq += dx @ widen(keys[j])
-        return dq, dks, dvs
+        dks = in_place.add_product_to(dks, j, tile.q_transposed, dx)
+        dvs = in_place.add_product_to(dvs, j, tile.dn_transposed, f)
+        return in_place.add_product(dq, dx, widen(keys[j])), dks, dvs
 
     return add
 
@@ -132,20 +136,20 @@ def _add_linear(
 
     dx = dn . v - sign(x) delta, and only its second half needs x.
     """
-    towards_keys = transpose(-tile.delta * tile.q)
+    towards_keys = in_place.transpose(-tile.delta * tile.q)
     outer = tile.q_transposed @ tile.dn
 
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         signed, state, dks, states = carry
-        sign = ops.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
-        dks = stacks.add(dks, j, towards_keys @ sign)
+        sign = in_place.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
+        dks = in_place.add_product_to(dks, j, towards_keys, sign)
         states = stacks.add(states, j, outer)
-        signed += sign @ widen(keys[j])
+        signed = in_place.add_product(signed, sign, widen(keys[j]))
         state += products[j]
         return signed, state, dks, states
 
     state = ops.zeros(tiles.state_shape, dtype_of(dq))
     carry = (ops.zeros_like(dq), state, sums.keys, sums.states)
-    signed, state, dks, states = ops.fori_loop(*stretch, add, carry)
-    dq = dq + tile.dn @ transpose(state) - tile.delta * signed
+    signed, state, dks, states = stacks.loop(*stretch, add, carry)
+    dq = dq + tile.dn @ in_place.transpose(state) - tile.delta * signed
     return dq, sums._replace(keys=dks, states=states)

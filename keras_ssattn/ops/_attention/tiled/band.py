@@ -11,8 +11,9 @@ from keras_ssattn.ops import stacks
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility, end_of_window
 
-# positions in a tile, at most; measured on two CPU cores
-QUERY_TILE, KEY_TILE = 512, 512 if stacks.runs_eagerly() else 256
+# Positions in a tile, at most; measured on two CPU cores. PyTorch writes and reads a tile once for
+# each operation, on a CPU best in the cache of a core; elsewhere it takes tiles twice as long.
+QUERY_TILE, KEY_TILE = 256 if stacks.runs_eagerly() else 512, 256
 
 
 class TileSizes(NamedTuple):
@@ -22,11 +23,12 @@ class TileSizes(NamedTuple):
     key: Size
 
     @classmethod
-    def of(cls, visibility: Visibility, group_size: int) -> "TileSizes":
+    def of(cls, visibility: Visibility, group_size: int, scale: int = 1) -> "TileSizes":
         """The sizes for these lengths; G = `group_size` query heads fill a tile together."""
-        most = max(QUERY_TILE // group_size, 1)
+        most = max(scale * QUERY_TILE // group_size, 1)
         return cls(
-            _tile_size(visibility.query_length, most), _tile_size(visibility.key_length, KEY_TILE)
+            _tile_size(visibility.query_length, most),
+            _tile_size(visibility.key_length, scale * KEY_TILE),
         )
 
 

@@ -20,9 +20,9 @@ from keras import ops
 
 from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
-from keras_ssattn.ops import stacks
+from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops.kernels import Kernel
+from keras_ssattn.ops.kernels import TILES, Kernel
 
 
 class Residuals(NamedTuple):
@@ -67,11 +67,11 @@ class Tiles:
     @functools.cached_property
     def products(self) -> Tensor | list[Tensor]:
         """The sum of k v^T over each tile: what the linear form keeps of it."""
-        return stacks.unstack(transpose(widen(self.keys)) @ widen(self.values))
+        return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))
 
     def logits(self, q: Tensor, k: Tensor, i: Size, j: Size, cut: bool) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
-        x = q @ transpose(widen(k))
+        x = q @ in_place.transpose(widen(k))
         if self.band.key_mask is not None:
             x = ops.where(self.band.key_mask[j], x, self.kernel.absent)
         if cut:
@@ -97,7 +97,7 @@ def run(tiles: Tiles) -> Residuals:
                 rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
             else:
                 step = _adder(tiles, q, keys, values, i, cut)
-                rows = Rows(*ops.fori_loop(first, stop, step, tuple(rows)))
+                rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
         total = rows.total + kernel.constant(rows.maximum)
         total = ops.where(total > 0, total, 1.0)
         results = (rows.maximum, total, rows.output / total)
@@ -105,7 +105,7 @@ def run(tiles: Tiles) -> Residuals:
 
     shapes = (row_shape, row_shape, out_shape)
     stores = tuple(stacks.empty(count, x, dtype) for x in shapes)
-    stores = ops.fori_loop(0, count, over_queries, stores)
+    stores = stacks.loop(0, count, over_queries, stores)
     maxima, totals, outputs = (
         stacks.stack(s, x, dtype) for s, x in zip(stores, shapes, strict=True)
     )
@@ -122,18 +122,17 @@ def _adder(
         m, total, out = rows
         x = tiles.logits(q, keys[j], i, j, cut)
         if kernel.headroom is not None:
-            peak = ops.max(x, axis=-1, keepdims=True)
+            peak = in_place.row_maximum(x)
             if kernel.headroom:
                 peak -= kernel.headroom
-            higher = ops.where(peak > m, peak, m)  # Keras's maximum may round float64
-            shrink = ops.exp(m - higher)
+            higher = in_place.maximum(peak, m)
+            shrink = in_place.exp(m - higher)
             m = higher
             total *= shrink
             out *= shrink
-        f, g = kernel.values(x, m)
-        total += row_sum(g)
-        out += f @ widen(values[j])
-        return m, total, out
+        f, g = kernel.values(x, m, TILES)
+        total += in_place.row_sum(g)
+        return m, total, in_place.add_product(out, f, widen(values[j]))
 
     return add
 
@@ -151,18 +150,10 @@ def _add_linear(
 
     def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         total, state = carry
-        total += row_sum(abs(tiles.logits(q, keys[j], i, j, cut=False)))
+        total += in_place.row_sum(in_place.absolute(tiles.logits(q, keys[j], i, j, cut=False)))
         state += products[j]
         return total, state
 
     carry = (rows.total, ops.zeros(tiles.state_shape, tiles.dtype))
-    total, state = ops.fori_loop(*stretch, add, carry)
+    total, state = stacks.loop(*stretch, add, carry)
     return Rows(rows.maximum, total, rows.output + q @ state)
-
-
-def row_sum(x: Tensor) -> Tensor:
-    return ops.sum(x, axis=-1, keepdims=True)
-
-
-def transpose(x: Tensor) -> Tensor:
-    return ops.swapaxes(x, -1, -2)

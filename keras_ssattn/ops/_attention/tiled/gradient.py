@@ -87,7 +87,8 @@ class _Layout:
         self.group_size = query.shape[2] // key.shape[2]
         lengths = ops.shape(query)[1], ops.shape(key)[1]
         self.visibility = visibility.with_tensors(tensors[own:], *lengths)
-        self.sizes = TileSizes.of(self.visibility, self.group_size)
+        large = stacks.runs_eagerly() and not stacks.runs_on_cpu_eagerly(query)
+        self.sizes = TileSizes.of(self.visibility, self.group_size, scale=2 if large else 1)
         self.band = Band(self.visibility, self.sizes, self.group_size, key.shape[2], kernel)
         self.kernel = kernel.with_tensors(tuple(self._by_row(x) for x in self.sinks))
 
