@@ -34,9 +34,10 @@ class LastTimestep(keras.layers.Layer):
             return inputs[:, -1]
         if mask is None:  # a length that is unknown until a graph runs may be 0
             mask = ops.ones(ops.shape(inputs)[:2], "bool")
-        seen = ops.cast(mask, "int32")
-        after = ops.sum(seen, axis=1, keepdims=True) - ops.cumsum(seen, axis=1)  # seen later on
-        is_last = ops.logical_and(mask, after == 0)
+        step = ops.arange(1, ops.shape(inputs)[1] + 1, dtype="int32")  # counted from 1
+        seen = ops.where(mask, step, 0)
+        last = ops.max(ops.pad(seen, ((0, 0), (0, 1))), axis=1, keepdims=True)  # 0 for no steps
+        is_last = ops.logical_and(mask, step == last)
         return ops.sum(ops.where(is_last[:, :, None], inputs, 0.0), axis=1)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:

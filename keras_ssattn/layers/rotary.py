@@ -160,7 +160,7 @@ def _positions(offset: int | ArrayLike, x: Tensor) -> Tensor:
             "`offset` must be an integer or have shape [B]. Received: offset with shape "
             f"{tuple(offset.shape)}"
         )
-    steps = ops.arange(ops.shape(x)[1], dtype="int32")
+    steps = ops.arange(0, ops.shape(x)[1], dtype="int32")
     return ops.reshape(offset, (-1, 1)) + steps
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -21,6 +21,7 @@ from keras_ssattn._checks import (
     check_rate,
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
+from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
@@ -434,6 +435,15 @@ class CausalLM(PacksSegments, keras.Model):
         `keras_ssattn.models.stream`.
         """
         return stream(self, prompts, max_new_tokens, **options)
+
+    def export(
+        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+    ) -> Any:  # what Keras returns
+        """Keras's own `export`, from integer tokens `[B, T]` unless an `input_signature` is given."""
+        tokens = keras.InputSpec("int32", (None, None), name="tokens")
+        options["input_signature"] = options.get("input_signature") or [tokens]
+        with exporting_to(format):
+            return super().export(filepath, format, **options)
 
     def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""

@@ -1,10 +1,12 @@
 """A causal transformer over windows of features, as Edifice's `build` makes it."""
 
 import inspect
+from typing import Any
 
 import keras
 
 from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
+from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._typing import ArrayLike, Identifier, Option, OutputMode, Tensor
 from keras_ssattn.layers import (
     LastTimestep,
@@ -21,7 +23,8 @@ class SequenceModel(keras.Model):
     """A functional model that, nested in another, passes a mask on where it keeps the time axis.
 
     Keras's own functional models honor a mask inside but warn that they destroy it. Made by
-    `build`; a subclass of Keras's functional model, with nothing else of its own.
+    `build`; a subclass of Keras's functional model, whose `export` keeps to operations that each
+    format has, with nothing else of its own.
 
     Example:
 
@@ -32,6 +35,13 @@ class SequenceModel(keras.Model):
     """
 
     supports_masking = True
+
+    def export(
+        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+    ) -> Any:  # what Keras returns
+        """Keras's own `export`, within `keras_ssattn.ops.exporting()`."""
+        with exporting_to(format):
+            return super().export(filepath, format, **options)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> Tensor | None:
         return previous_mask if len(self.output_shape) == 3 else None

@@ -170,9 +170,11 @@ def _check_part(name: str, old: Tensor, new: Tensor) -> None:
 
 
 def _write_by_row(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    step = ops.arange(ops.shape(old)[1], dtype="int32") - ops.expand_dims(index, -1)  # [B, S]
+    step = ops.arange(0, ops.shape(old)[1], dtype="int32") - ops.expand_dims(index, -1)  # [B, S]
     written = ops.logical_and(step >= 0, step < ops.shape(new)[1])
-    step = ops.clip(step, 0, ops.shape(new)[1] - 1)
     extra = tuple(range(2, len(old.shape)))
-    written, step = ops.expand_dims(written, extra), ops.expand_dims(step, extra)
-    return ops.where(written, ops.take_along_axis(new, step, axis=1), old)
+    written = ops.expand_dims(written, extra)
+    if not (is_known(new.shape[1]) and new.shape[1] == 1):
+        step = ops.expand_dims(ops.clip(step, 0, ops.shape(new)[1] - 1), extra)
+        new = ops.take_along_axis(new, step, axis=1)
+    return ops.where(written, new, old)

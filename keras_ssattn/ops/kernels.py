@@ -32,6 +32,7 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_number
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import DType, Number, Tensor
 
@@ -184,8 +185,8 @@ class RectifiedSoftpick(Kernel):
 
     def difference(self, x: Tensor, m: Tensor) -> Tensor:
         """Returns d, as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        d = ops.expm1(x - m)
-        return d - ops.expm1(-m)
+        d = expm1(x - m)
+        return d - expm1(-m)
 
     def values(
         self, x: Tensor, m: Tensor, absolute: Callable[[Tensor], Tensor] = abs
@@ -264,6 +265,16 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
         return start
     peak = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
     return ops.where(peak > start, peak, start)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e^x - 1, exact near 0, for x that does not overflow."""
+    if not is_exporting():
+        return ops.expm1(x)
+    # ONNX and LiteRT have no such function: e^x - 1 = 2 t / (1 - t) with t = tanh(x / 2)
+    t = ops.tanh(x * 0.5)
+    near = abs(x) < 0.5
+    return ops.where(near, 2.0 * t / (1.0 - ops.where(near, t, 0.0)), ops.exp(x) - 1.0)
 
 
 def magnitude(x: Tensor) -> Tensor:

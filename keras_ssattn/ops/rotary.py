@@ -259,7 +259,7 @@ def _check_positions(positions: int | ArrayLike, x: Tensor) -> Tensor:
     positions = to_int32("positions", positions)
     check_rank("positions", positions, (0, 1, 2))
     if len(positions.shape) == 0:
-        positions = positions + ops.arange(ops.shape(x)[1], dtype="int32")
+        positions = positions + ops.arange(0, ops.shape(x)[1], dtype="int32")
     if len(positions.shape) == 1:
         positions = ops.expand_dims(positions, 0)
     (rows, length), (batch, time) = ops.shape(positions), ops.shape(x)[:2]

@@ -1,0 +1,78 @@
+"""A step of decoding as a model of its own, which other runtimes can read."""
+
+from typing import Any
+
+import keras
+
+from keras_ssattn._keras.exporting import exporting_to
+from keras_ssattn._tensors import dtype_of
+from keras_ssattn._typing import Layer, Option, Tensor
+from keras_ssattn.ops import Cache
+
+
+class DecodingStep(keras.Model):
+    """A step of a `CausalLM` with a cache, as a model to export, so that a runtime can generate.
+
+    It computes `CausalLM.next_logits` on inputs in one row. A prompt may come in one step of
+    several tokens, or one by one; each row of the batch has a position of its own.
+
+    Args:
+        model: a `CausalLM`, whose weights are used, not copied.
+        **kwargs: of `keras.Model`.
+
+    Call arguments:
+        tokens: integers `[B, T]`, that follow those in the cache.
+        index: integers `[B]`, the position of the first of them in each row; `index + T` must not
+            pass S, the length of the cache.
+        *cache: key `[B, S, K, D]`, value `[B, S, K, Dv]` and mask, boolean `[B, S]`, of each block,
+            as in `CausalLM.make_cache`: at the start zeros, zeros and `True`.
+
+    Returns:
+        A list of the logits `[B, V]` after the last token, and of the new cache.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.models import CausalLM, DecodingStep
+    >>> model = CausalLM(vocabulary_size=50, hidden_size=16, num_layers=1, num_heads=2)
+    >>> step = DecodingStep(model)
+    >>> (cache,) = model.make_cache(batch_size=2, length=32)
+    >>> logits, *cache = step(np.array([[1], [4]]), np.array([0, 0]), *cache)
+    >>> logits.shape
+    (2, 50)
+    >>> step.export("step.onnx", format="onnx")  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Layer, **kwargs: Option) -> None:
+        super().__init__(**{"autocast": False, **kwargs})
+        self.model = model
+        self.built = True
+
+    def call(self, tokens: Tensor, index: Tensor, *cache: Tensor) -> list[Tensor]:
+        caches = tuple(Cache(*cache[i : i + 3]) for i in range(0, len(cache), 3))
+        logits, caches = self.model.next_logits(tokens, caches, index)
+        return [logits, *(x for one in caches for x in one)]
+
+    def input_signature(self, num_tokens: int | None = None) -> list[keras.InputSpec]:
+        """The names, shapes and dtypes of the inputs, with `num_tokens` for T; `None` for any."""
+        spec = keras.InputSpec
+        signature = [
+            spec("int32", (None, num_tokens), name="tokens"),
+            spec("int32", (None,), name="index"),
+        ]
+        for i, cache in enumerate(self.model.make_cache(1, 1), 1):
+            for name, x in cache._asdict().items():
+                shape = (None, None, *x.shape[2:])
+                signature.append(spec(dtype_of(x), shape, name=f"{name}_{i}"))
+        return signature
+
+    def export(
+        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+    ) -> Any:  # what Keras returns
+        """Keras's own `export`, with `input_signature()` unless another is given."""
+        options["input_signature"] = options.get("input_signature") or self.input_signature()
+        with exporting_to(format):
+            return super().export(filepath, format, **options)
+
+    def get_config(self) -> dict[str, object]:
+        raise NotImplementedError("Save the `CausalLM`, and make the step of it anew.")
