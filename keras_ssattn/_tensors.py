@@ -48,7 +48,7 @@ def size_tensor(size: Size) -> Tensor:
     """A size as an int32 tensor; those of PyTorch's traces are no tensors, and cannot be cast."""
     if is_known(size) or hasattr(size, "dtype"):
         return ops.cast(size, "int32")
-    return ops.arange(0, size + 1, dtype="int32")[-1]
+    return ops.cast(ops.sum(ops.ones((size,), "int32")), "int32")
 
 
 def may_be_equal(size: Size, other: Size) -> bool:

@@ -437,7 +437,10 @@ class CausalLM(PacksSegments, keras.Model):
         return stream(self, prompts, max_new_tokens, **options)
 
     def export(
-        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+        self,
+        filepath: str,
+        format: str = "tf_saved_model",
+        **options: Option,
     ) -> Any:  # what Keras returns
         """Keras's own `export`, from integer tokens `[B, T]` unless an `input_signature` is given."""
         tokens = keras.InputSpec("int32", (None, None), name="tokens")

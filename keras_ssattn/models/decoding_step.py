@@ -67,7 +67,10 @@ class DecodingStep(keras.Model):
         return signature
 
     def export(
-        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+        self,
+        filepath: str,
+        format: str = "tf_saved_model",
+        **options: Option,
     ) -> Any:  # what Keras returns
         """Keras's own `export`, with `input_signature()` unless another is given."""
         options["input_signature"] = options.get("input_signature") or self.input_signature()

@@ -37,7 +37,10 @@ class SequenceModel(keras.Model):
     supports_masking = True
 
     def export(
-        self, filepath: str, format: str = "tf_saved_model", **options: Option  # noqa: A002
+        self,
+        filepath: str,
+        format: str = "tf_saved_model",
+        **options: Option,
     ) -> Any:  # what Keras returns
         """Keras's own `export`, within `keras_ssattn.ops.exporting()`."""
         with exporting_to(format):

@@ -28,7 +28,7 @@ from keras_ssattn._tensors import (
 )
 from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
 from keras_ssattn.ops import stacks
-from keras_ssattn.ops.sizes import Sizes
+from keras_ssattn.ops.sizes import Sizes, steps
 
 ROWS = 64  # counted at a time where there are segments
 
@@ -167,12 +167,12 @@ class Visibility:
     def positions(self) -> Tensor:
         """Positions of the queries, int32 `[B|1, T]`."""
         if isinstance(self.query_offset, int) and is_known(self.query_length):
-            steps = ops.expand_dims(ops.arange(0, self.query_length, dtype="int32"), 0)
-            return steps + self.query_offset if self.query_offset else steps
+            rows = ops.expand_dims(steps(self.query_length), 0)
+            return rows + self.query_offset if self.query_offset else rows
         offset = ops.reshape(cast(to_tensor(self.query_offset), "int32"), (-1, 1))
         if is_known(self.query_length) and self.query_length == 1:
             return offset
-        return offset + ops.arange(0, self.query_length, dtype="int32")
+        return offset + steps(self.query_length)
 
     @functools.cached_property
     def dense_mask(self) -> Tensor:
@@ -180,7 +180,7 @@ class Visibility:
         parts = []
         if self.causal or self.window is not None:
             queries = ops.expand_dims(self.positions, (1, 3))  # [B|1, 1, T, 1]
-            keys = ops.arange(0, self.key_length, dtype="int32")
+            keys = steps(self.key_length)
             if self.causal:
                 parts.append(keys <= queries)
             if self.window is not None:
@@ -252,7 +252,7 @@ class Visibility:
             if x is not None:
                 queries = queries + ops.zeros((ops.shape(x)[0], 1), dtype_of(queries))
         keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
-        index = ops.arange(0, ops.shape(keys)[3], dtype="int32")
+        index = steps(ops.shape(keys)[3])
         tiles = [_stack_rows(x) for x in (queries, first, end)]
 
         def count(i: Size, counts: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def _masked(
         sizes = (*ops.shape(visible)[:2], visibility.query_length, visibility.key_length)
         visible = ops.broadcast_to(visible, sizes)
         visible = ops.pad(ops.cast(visible, "int32"), ((0, 0), (0, 0), (1, 0), (1, 0)), "constant")
-        visible = ops.logical_or(ops.cast(visible, "bool"), ops.arange(0, ops.shape(key)[1], dtype="int32") == 0)
+        visible = ops.logical_or(
+            ops.cast(visible, "bool"), ops.arange(0, ops.shape(key)[1], dtype="int32") == 0
+        )
     # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
     # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
     some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
