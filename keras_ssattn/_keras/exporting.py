@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Iterator
 
 from keras_ssattn._keras.compiling import is_traced
+from keras_ssattn._typing import Option
 
 _exporting: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "keras_ssattn_exporting", default=False
@@ -33,8 +34,8 @@ def exporting() -> Iterator[None]:
     >>> from keras_ssattn.ops import exporting
     >>> inputs = keras.Input((None, 16))
     >>> model = keras.Model(inputs, TransformerBlock(num_heads=2, causal=True)(inputs))
-    >>> with exporting():  # doctest: +SKIP
-    ...     model.export("model.onnx", format="onnx")
+    >>> with exporting():  # model.export("model.onnx", format="onnx")
+    ...     same = model(keras.ops.ones((2, 5, 16)))
     """
     token = _exporting.set(True)
     try:
@@ -43,6 +44,10 @@ def exporting() -> Iterator[None]:
         _exporting.reset(token)
 
 
-def exporting_to(format: str) -> contextlib.AbstractContextManager:  # noqa: A002
-    """`exporting()` for `model.export` of that format: SavedModel has all operations and loops."""
+def exporting_to(
+    format: str = "tf_saved_model",  # noqa: A002
+    *_: Option,
+    **__: Option,
+) -> contextlib.AbstractContextManager:
+    """`exporting()` for a call of `model.export`; a SavedModel has all operations, and loops."""
     return contextlib.nullcontext() if format == "tf_saved_model" else exporting()

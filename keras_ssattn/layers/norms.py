@@ -64,6 +64,31 @@ class OffsetRMSNormalization(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras's own layer over the last axis, which in export is written in plain operations.
+
+    On PyTorch it is one operation, that ONNX takes of sizes known beforehand alone.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers.norms import LayerNormalization
+    >>> LayerNormalization()(np.array([[3.0, 1.0]], "float32"))  # [[1.0, -1.0]]
+    """
+
+    def call(self, x: Tensor) -> Tensor:
+        if not is_exporting():
+            return super().call(x)
+        wide = widen(x)
+        wide = wide - ops.mean(wide, axis=-1, keepdims=True)
+        factor = ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scale, shift = (
+            cast(ops.convert_to_tensor(w), dtype_of(wide)) for w in (self.gamma, self.beta)
+        )
+        return cast(wide * factor * scale + shift, dtype_of(x))
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
 class RMSNormalization(keras.layers.RMSNormalization):
     """Keras's own layer, which on PyTorch is one operation that formats for export may not have.
 
@@ -84,7 +109,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
 
 
 NORMS = {
-    "layer_norm": keras.layers.LayerNormalization,
+    "layer_norm": LayerNormalization,
     "rms_norm": RMSNormalization,
     "offset_rms_norm": OffsetRMSNormalization,
 }

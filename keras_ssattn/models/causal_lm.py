@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -436,17 +436,12 @@ class CausalLM(PacksSegments, keras.Model):
         """
         return stream(self, prompts, max_new_tokens, **options)
 
-    def export(
-        self,
-        filepath: str,
-        format: str = "tf_saved_model",
-        **options: Option,
-    ) -> Any:  # what Keras returns
-        """Keras's own `export`, from integer tokens `[B, T]` unless an `input_signature` is given."""
+    def export(self, filepath: str, *args: Option, **options: Option) -> Option:
+        """Keras's own `export`, from integers `[B, T]` unless an `input_signature` is given."""
         tokens = keras.InputSpec("int32", (None, None), name="tokens")
         options["input_signature"] = options.get("input_signature") or [tokens]
-        with exporting_to(format):
-            return super().export(filepath, format, **options)
+        with exporting_to(*args, **options):
+            return super().export(filepath, *args, **options)
 
     def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""

@@ -1,12 +1,10 @@
 """A step of decoding as a model of its own, which other runtimes can read."""
 
-from typing import Any
-
 import keras
 
 from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._tensors import dtype_of
-from keras_ssattn._typing import Layer, Option, Tensor
+from keras_ssattn._typing import Config, Layer, Option, Tensor
 from keras_ssattn.ops import Cache
 
 
@@ -40,7 +38,8 @@ class DecodingStep(keras.Model):
     >>> logits, *cache = step(np.array([[1], [4]]), np.array([0, 0]), *cache)
     >>> logits.shape
     (2, 50)
-    >>> step.export("step.onnx", format="onnx")  # doctest: +SKIP
+    >>> [spec.name for spec in step.input_signature()]  # of step.export("step.onnx", format="onnx")
+    ['tokens', 'index', 'key_1', 'value_1', 'mask_1']
     """
 
     def __init__(self, model: Layer, **kwargs: Option) -> None:
@@ -53,8 +52,16 @@ class DecodingStep(keras.Model):
         logits, caches = self.model.next_logits(tokens, caches, index)
         return [logits, *(x for one in caches for x in one)]
 
-    def input_signature(self, num_tokens: int | None = None) -> list[keras.InputSpec]:
-        """The names, shapes and dtypes of the inputs, with `num_tokens` for T; `None` for any."""
+    def input_signature(
+        self, num_tokens: int | None = None, length: int | None = None
+    ) -> list[keras.InputSpec]:
+        """The names, shapes and dtypes of the inputs.
+
+        Args:
+            num_tokens: T; `None` for any.
+            length: S; `None` for any. JAX, which takes the unknown length of each input for
+                another, needs a number.
+        """
         spec = keras.InputSpec
         signature = [
             spec("int32", (None, num_tokens), name="tokens"),
@@ -62,20 +69,15 @@ class DecodingStep(keras.Model):
         ]
         for i, cache in enumerate(self.model.make_cache(1, 1), 1):
             for name, x in cache._asdict().items():
-                shape = (None, None, *x.shape[2:])
+                shape = (None, length, *x.shape[2:])
                 signature.append(spec(dtype_of(x), shape, name=f"{name}_{i}"))
         return signature
 
-    def export(
-        self,
-        filepath: str,
-        format: str = "tf_saved_model",
-        **options: Option,
-    ) -> Any:  # what Keras returns
+    def export(self, filepath: str, *args: Option, **options: Option) -> Option:
         """Keras's own `export`, with `input_signature()` unless another is given."""
         options["input_signature"] = options.get("input_signature") or self.input_signature()
-        with exporting_to(format):
-            return super().export(filepath, format, **options)
+        with exporting_to(*args, **options):
+            return super().export(filepath, *args, **options)
 
-    def get_config(self) -> dict[str, object]:
+    def get_config(self) -> Config:
         raise NotImplementedError("Save the `CausalLM`, and make the step of it anew.")

@@ -1,7 +1,6 @@
 """A causal transformer over windows of features, as Edifice's `build` makes it."""
 
 import inspect
-from typing import Any
 
 import keras
 
@@ -15,7 +14,7 @@ from keras_ssattn.layers import (
     TransformerBlock,
     normalizers,
 )
-from keras_ssattn.layers.norms import NORM_EPSILON
+from keras_ssattn.layers.norms import NORM_EPSILON, LayerNormalization
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -36,15 +35,10 @@ class SequenceModel(keras.Model):
 
     supports_masking = True
 
-    def export(
-        self,
-        filepath: str,
-        format: str = "tf_saved_model",
-        **options: Option,
-    ) -> Any:  # what Keras returns
+    def export(self, filepath: str, *args: Option, **options: Option) -> Option:
         """Keras's own `export`, within `keras_ssattn.ops.exporting()`."""
-        with exporting_to(format):
-            return super().export(filepath, format, **options)
+        with exporting_to(*args, **options):
+            return super().export(filepath, *args, **options)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> Tensor | None:
         return previous_mask if len(self.output_shape) == 3 else None
@@ -132,7 +126,7 @@ def build(
         if dropout > 0 and i < num_layers:
             x = keras.layers.Dropout(dropout, name=f"inter_block_dropout_{i}")(x)
     if final_norm:
-        x = keras.layers.LayerNormalization(epsilon=NORM_EPSILON, name="final_norm")(x)
+        x = LayerNormalization(epsilon=NORM_EPSILON, name="final_norm")(x)
     if output_mode == "last_timestep":
         x = LastTimestep(name="last_timestep")(x)
     elif output_mode == "mean_pool":

@@ -6,6 +6,7 @@ from keras import ops
 from keras_ssattn._tensors import cast, dtype_of, widen
 from keras_ssattn._typing import DType, Number, Tensor
 from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
+from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.visibility import Visibility
 
 TORCH_TAKES_BIAS = tuple(int(x) for x in keras.version().split(".")[:2]) >= (3, 14)
@@ -82,9 +83,8 @@ def _masked(
         sizes = (*ops.shape(visible)[:2], visibility.query_length, visibility.key_length)
         visible = ops.broadcast_to(visible, sizes)
         visible = ops.pad(ops.cast(visible, "int32"), ((0, 0), (0, 0), (1, 0), (1, 0)), "constant")
-        visible = ops.logical_or(
-            ops.cast(visible, "bool"), ops.arange(0, ops.shape(key)[1], dtype="int32") == 0
-        )
+        first = steps(ops.shape(key)[1]) == 0
+        visible = ops.logical_or(ops.cast(visible, "bool"), first)
     # An additive -inf, unlike the finite number that `mask=` becomes there, is exact for all
     # logits. A row of nothing but -inf would be NaN: such rows are opened, then zeroed.
     some = ops.any(visible, axis=-1, keepdims=True)  # [B|1, H|1, T|1, 1]
@@ -110,8 +110,8 @@ def _with_sink(
     sinks = ops.broadcast_to(sinks, (batch, length, num_heads, 2))
     query = ops.concatenate([query, sinks], axis=-1)
     key = ops.pad(key, ((0, 0), (1, 0), (0, 0), (0, 2)))  # [B, S + 1, H, D + 2]
-    first = ops.equal(ops.arange(0, ops.shape(key)[1], dtype="int32"), 0)[:, None, None]
-    last = ops.arange(0, key.shape[-1], dtype="int32") >= size
+    first = ops.equal(steps(ops.shape(key)[1]), 0)[:, None, None]
+    last = steps(key.shape[-1]) >= size
     key = ops.where(ops.logical_and(first, last), ops.ones_like(key), key)
     query = ops.pad(query, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return query, key, ops.pad(value, ((0, 0), (1, 0), (0, 0), (0, 0)))
