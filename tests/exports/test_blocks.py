@@ -3,7 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export, exporting
+from support.exports import (
+    FORMATS,
+    LONG,
+    SHORT,
+    assert_same,
+    dynamic,
+    export,
+    exporting,
+)
 
 from keras_ssattn.layers import LastTimestep, MeanPool, RotaryEmbedding, TransformerBlock
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export, outputs
+from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export, outputs, pytestmark  # noqa: F401
 
 from keras_ssattn.models import CausalLM, DecodingStep
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export
+from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export, pytestmark  # noqa: F401
 
 import keras_ssattn
 

@@ -21,6 +21,16 @@ SUFFIXES = {
 
 Runner = Callable[..., list[np.ndarray]]
 
+WARNINGS = [  # of exporters, which their users see as well
+    "ignore:The `native_serialization` parameter is deprecated:DeprecationWarning",
+    "ignore:In the future `np.object` will be defined as:FutureWarning",
+    "ignore:.torch.jit.trace. is deprecated:DeprecationWarning",
+    "ignore:.torch.jit.trace_method. is deprecated:DeprecationWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
+    "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
+]
+pytestmark = [pytest.mark.filterwarnings(x) for x in WARNINGS]
+
 
 def need(name: str, used_for: str):
     return pytest.importorskip(name, reason=f"{used_for} needs the package {name}")
