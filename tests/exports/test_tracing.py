@@ -1,0 +1,42 @@
+"""PyTorch's own traces of models, of one length, that run at any other."""
+
+import keras
+import numpy as np
+import pytest
+from support.exports import LONG, SHORT, assert_same, pytestmark
+
+import keras_ssattn
+from keras_ssattn.models import CausalLM
+
+pytestmark = [*pytestmark, pytest.mark.backend("torch", reason="its traces")]
+
+
+@pytest.mark.parametrize("normalizer", ["ssmax", "softpick", "rectified_softpick", "sink_softmax"])
+def test_jit_trace(normalizer, rng):
+    import torch
+
+    model = CausalLM(
+        17, 8, num_layers=2, num_heads=2, num_kv_heads=1, normalizer=normalizer, padding_id=0,
+        sliding_window=[7, None],
+    )  # fmt: skip
+    example = torch.ones((1, 3), dtype=torch.int32)
+    traced = torch.jit.trace(model, example, check_trace=False)
+    for sizes in (SHORT, LONG):
+        x = rng.integers(0, 17, sizes).astype("int32")
+        assert_same(model, lambda x: [traced(torch.from_numpy(x)).detach().numpy()], x)
+
+
+def test_tiles_are_not_unrolled_in_export():
+    import torch
+
+    model = keras_ssattn.build(
+        8, 8, num_heads=2, num_layers=1, window_size=1024, normalizer="softpick"
+    )
+    exported = torch.export.export(model, (torch.ones((1, 1024, 8)),), strict=False)
+    assert len(list(exported.graph.nodes)) < 200
+    x = np.random.default_rng(0).normal(size=(1, 1024, 8)).astype("float32")
+    np.testing.assert_allclose(
+        exported.module()(torch.from_numpy(x)).detach().numpy(),
+        keras.ops.convert_to_numpy(model(x)),
+        atol=1e-4,
+    )
