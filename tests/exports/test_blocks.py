@@ -3,17 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from support.exports import (
-    FORMATS,
-    LONG,
-    SHORT,
-    assert_same,
-    dynamic,
-    export,
-    exporting,
-)
+from support.exports import FORMATS, LONG, MARKS, SHORT, assert_same, dynamic, export, exporting
 
 from keras_ssattn.layers import LastTimestep, MeanPool, RotaryEmbedding, TransformerBlock
+
+pytestmark = MARKS
 
 VOCABULARY = 17
 CASES = {

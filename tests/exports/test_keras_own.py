@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from support.exports import export, pytestmark  # noqa: F401
+from support.exports import MARKS, export
 
+pytestmark = MARKS
 FAULTS = {
     "tensorflow": [("onnx", lambda: keras.layers.Dense(8, activation="gelu"), "Erfc")],
     "torch": [

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from support.exports import FORMATS, LONG, SHORT, assert_same, dynamic, export, pytestmark  # noqa: F401
+from support.exports import FORMATS, LONG, MARKS, SHORT, assert_same, dynamic, export
 
 import keras_ssattn
+
+pytestmark = MARKS
 
 SIZE = 8
 NORMALIZERS = ("ssmax", "softpick", "rectified_softpick", "sink_softmax")

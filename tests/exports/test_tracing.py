@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from support.exports import LONG, SHORT, assert_same, pytestmark
+from support.exports import LONG, MARKS, SHORT, assert_same
 
 import keras_ssattn
 from keras_ssattn.models import CausalLM
 
-pytestmark = [*pytestmark, pytest.mark.backend("torch", reason="its traces")]
+pytestmark = [*MARKS, pytest.mark.backend("torch", reason="its traces")]
 
 
 @pytest.mark.parametrize("normalizer", ["ssmax", "softpick", "rectified_softpick", "sink_softmax"])

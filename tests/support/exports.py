@@ -29,7 +29,7 @@ WARNINGS = [  # of exporters, which their users see as well
     "ignore:The feature will be removed:DeprecationWarning",
     "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
 ]
-pytestmark = [pytest.mark.filterwarnings(x) for x in WARNINGS]
+MARKS = [pytest.mark.filterwarnings(x) for x in WARNINGS]
 
 
 def need(name: str, used_for: str):
