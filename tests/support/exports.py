@@ -27,6 +27,11 @@ WARNINGS = [  # of exporters, which their users see as well
     "ignore:.torch.jit.trace. is deprecated:DeprecationWarning",
     "ignore:.torch.jit.trace_method. is deprecated:DeprecationWarning",
     "ignore:The feature will be removed:DeprecationWarning",
+    # of PyTorch's traces: sizes that are Python's, of heads and features, are the same in all
+    "ignore:Converting a tensor to a Python:Warning",
+    "ignore:torch.as_tensor results are registered as constants:Warning",
+    "ignore:Iterating over a tensor might cause:Warning",
+    "ignore:Constant folding - Only steps=1:UserWarning",
     "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
 ]
 MARKS = [pytest.mark.filterwarnings(x) for x in WARNINGS]
