@@ -108,7 +108,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
         return cast(wide * factor * scale, dtype_of(x))
 
 
-NORMS = {
+NORMS: dict[str, type[keras.Layer]] = {
     "layer_norm": LayerNormalization,
     "rms_norm": RMSNormalization,
     "offset_rms_norm": OffsetRMSNormalization,
