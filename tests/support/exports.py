@@ -12,7 +12,7 @@ import keras_ssattn
 SHORT, LONG = (2, 5), (3, 731)  # batch and length, below and above what tiles begin at
 FORMATS = {
     "tensorflow": ("tf_saved_model", "onnx", "openvino", "litert"),
-    "jax": ("tf_saved_model", "onnx"),  # OpenVINO has no XlaCallModule, of Keras's own layers either
+    "jax": ("tf_saved_model", "onnx"),  # OpenVINO reads not even Keras's own attention
     "torch": ("torch", "onnx", "openvino"),
 }[keras.backend.backend()]
 SUFFIXES = {
