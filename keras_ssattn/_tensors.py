@@ -44,6 +44,13 @@ def is_known(size: Size) -> bool:
     return isinstance(size, int)
 
 
+def size_tensor(size: Size) -> Tensor:
+    """A size as an int32 tensor; those of PyTorch's traces are no tensors, and cannot be cast."""
+    if is_known(size) or hasattr(size, "dtype"):
+        return ops.cast(size, "int32")
+    return ops.cast(ops.sum(ops.ones((size,), "int32")), "int32")
+
+
 def may_be_equal(size: Size, other: Size) -> bool:
     """False if both sizes are known and differ."""
     return not (is_known(size) and is_known(other)) or size == other

@@ -47,6 +47,18 @@ def compile_function(
     return function
 
 
+def is_traced() -> bool:
+    """Whether PyTorch follows what runs, to write it down for another time or another runtime."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    if torch.jit.is_tracing():
+        return True
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
+    return is_exporting is not None and is_exporting()
+
+
 class CompiledFunctions:
     """Functions compiled for a model, by their options, for the variables that it has now.
 

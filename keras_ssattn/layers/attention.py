@@ -109,8 +109,7 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
             length scale (after it, it would undo it).
         norm_epsilon: of these normalizations. Defaults to 1e-6.
         implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`, as in
-            `keras_ssattn.ops.attention`. Take `"dense"` to differentiate twice, or to export where
-            loops cannot be.
+            `keras_ssattn.ops.attention`. Take `"dense"` to differentiate twice.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
         activity_regularizer, kernel_constraint, bias_constraint: of the projections.
         seed: integer, of the dropout.

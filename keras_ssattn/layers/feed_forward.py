@@ -1,5 +1,6 @@
 """The feed-forward half of a transformer block."""
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -7,10 +8,19 @@ from keras import ops
 
 from keras_ssattn._checks import check_integer
 from keras_ssattn._keras.calling import call_inside
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+def gelu(x: Tensor) -> Tensor:
+    """Keras's GELU, in export by erf: TensorFlow computes it by erfc, which ONNX does not have."""
+    if not is_exporting():
+        return keras.activations.gelu(x)
+    return 0.5 * x * (1.0 + ops.erf(x * math.sqrt(0.5)))
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -90,11 +100,12 @@ class FeedForward(keras.layers.Layer):
             return layer
 
         inner_shape = (*input_shape[:-1], self.inner_size)
+        activation = gelu if self.activation is keras.activations.gelu else self.activation
         if self.gated:
-            self.gate = dense("gate", self.inner_size, input_shape, self.activation)
+            self.gate = dense("gate", self.inner_size, input_shape, activation)
         else:
             self.gate = NoWeights(name="gate", dtype=policy_for(self, "gate"))
-        activation = None if self.gated else self.activation
+        activation = None if self.gated else activation
         self.up = dense("up", self.inner_size, input_shape, activation)
         self.down = dense("down", input_shape[-1], inner_shape)
         freeze_sublayers(self)

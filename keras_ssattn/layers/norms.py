@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_number
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.loading import NoWeights
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, widen
@@ -62,9 +63,54 @@ class OffsetRMSNormalization(keras.layers.Layer):
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
-NORMS = {
-    "layer_norm": keras.layers.LayerNormalization,
-    "rms_norm": keras.layers.RMSNormalization,
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras's own layer over the last axis, which in export is written in plain operations.
+
+    On PyTorch it is one operation, that ONNX takes of sizes known beforehand alone.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers.norms import LayerNormalization
+    >>> LayerNormalization()(np.array([[3.0, 1.0]], "float32"))  # [[1.0, -1.0]]
+    """
+
+    def call(self, x: Tensor) -> Tensor:
+        if not is_exporting():
+            return super().call(x)
+        wide = widen(x)
+        wide = wide - ops.mean(wide, axis=-1, keepdims=True)
+        factor = ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scale, shift = (
+            cast(ops.convert_to_tensor(w), dtype_of(wide)) for w in (self.gamma, self.beta)
+        )
+        return cast(wide * factor * scale + shift, dtype_of(x))
+
+
+@keras.saving.register_keras_serializable(package="keras_ssattn")
+class RMSNormalization(keras.layers.RMSNormalization):
+    """Keras's own layer, which on PyTorch is one operation that formats for export may not have.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_ssattn.layers.norms import RMSNormalization
+    >>> RMSNormalization()(np.array([[3.0, 3.0]], "float32"))  # [[1.0, 1.0]]
+    """
+
+    def call(self, x: Tensor) -> Tensor:
+        if not is_exporting():
+            return super().call(x)
+        wide = widen(x)
+        factor = ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scale = cast(ops.convert_to_tensor(self.scale), dtype_of(wide))
+        return cast(wide * factor * scale, dtype_of(x))
+
+
+NORMS: dict[str, type[keras.Layer]] = {
+    "layer_norm": LayerNormalization,
+    "rms_norm": RMSNormalization,
     "offset_rms_norm": OffsetRMSNormalization,
 }
 

@@ -6,6 +6,7 @@ from keras import ops
 from keras_ssattn._checks import check_mask
 from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import Shape, Tensor
+from keras_ssattn.ops.sizes import steps
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -34,10 +35,11 @@ class LastTimestep(keras.layers.Layer):
             return inputs[:, -1]
         if mask is None:  # a length that is unknown until a graph runs may be 0
             mask = ops.ones(ops.shape(inputs)[:2], "bool")
-        seen = ops.cast(mask, "int32")
-        after = ops.sum(seen, axis=1, keepdims=True) - ops.cumsum(seen, axis=1)  # seen later on
-        is_last = ops.logical_and(mask, after == 0)
-        return ops.sum(ops.where(is_last[:, :, None], inputs, 0.0), axis=1)
+        step = steps(ops.shape(inputs)[1]) + 1  # counted from 1
+        seen = ops.where(mask, step, 0)
+        last = ops.max(ops.pad(seen, ((0, 0), (0, 1))), axis=1, keepdims=True)  # 0 for no steps
+        is_last = ops.logical_and(mask, step == last)
+        return ops.sum(ops.where(ops.expand_dims(is_last, 2), inputs, 0.0), axis=1)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:
         return None
@@ -77,7 +79,7 @@ class MeanPool(keras.layers.Layer):
         if mask is None:  # a length that is unknown until a graph runs may be 0
             mask = ops.ones(ops.shape(inputs)[:2], "bool")
         count = ops.sum(ops.cast(mask, x.dtype), axis=1, keepdims=True)
-        total = ops.sum(ops.where(mask[:, :, None], x, 0.0), axis=1)
+        total = ops.sum(ops.where(ops.expand_dims(mask, 2), x, 0.0), axis=1)
         return ops.cast(total / ops.maximum(count, 1.0), inputs.dtype)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:

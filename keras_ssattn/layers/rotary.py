@@ -13,6 +13,7 @@ from keras_ssattn._tensors import dtype_of
 from keras_ssattn._typing import ArrayLike, Config, DType, Identifier, Layer, Option, Shape, Tensor
 from keras_ssattn.ops import rotary_attention_factor, rotary_embedding, rotary_frequencies
 from keras_ssattn.ops.rotary import Rotation, check_scaling, check_theta
+from keras_ssattn.ops.sizes import steps
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -160,8 +161,7 @@ def _positions(offset: int | ArrayLike, x: Tensor) -> Tensor:
             "`offset` must be an integer or have shape [B]. Received: offset with shape "
             f"{tuple(offset.shape)}"
         )
-    steps = ops.arange(ops.shape(x)[1], dtype="int32")
-    return ops.reshape(offset, (-1, 1)) + steps
+    return ops.reshape(offset, (-1, 1)) + steps(ops.shape(x)[1])
 
 
 def turn(rotation: Rotation, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

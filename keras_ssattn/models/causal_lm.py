@@ -21,6 +21,7 @@ from keras_ssattn._checks import (
     check_rate,
 )
 from keras_ssattn._keras.compiling import CompiledFunctions
+from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import freeze_sublayers
 from keras_ssattn._keras.serialization import (
@@ -435,6 +436,13 @@ class CausalLM(PacksSegments, keras.Model):
         `keras_ssattn.models.stream`.
         """
         return stream(self, prompts, max_new_tokens, **options)
+
+    def export(self, filepath: str, *args: Option, **options: Option) -> Option:
+        """Keras's own `export`, from integers `[B, T]` unless an `input_signature` is given."""
+        tokens = keras.InputSpec("int32", (None, None), name="tokens")
+        options["input_signature"] = options.get("input_signature") or [tokens]
+        with exporting_to(*args, **options):
+            return super().export(filepath, *args, **options)
 
     def projections(self) -> list[Layer]:
         """The layers on which `quantize` and `enable_lora` work."""

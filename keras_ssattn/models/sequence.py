@@ -5,6 +5,7 @@ import inspect
 import keras
 
 from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
+from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._typing import ArrayLike, Identifier, Option, OutputMode, Tensor
 from keras_ssattn.layers import (
     LastTimestep,
@@ -13,7 +14,7 @@ from keras_ssattn.layers import (
     TransformerBlock,
     normalizers,
 )
-from keras_ssattn.layers.norms import NORM_EPSILON
+from keras_ssattn.layers.norms import NORM_EPSILON, LayerNormalization
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -21,7 +22,8 @@ class SequenceModel(keras.Model):
     """A functional model that, nested in another, passes a mask on where it keeps the time axis.
 
     Keras's own functional models honor a mask inside but warn that they destroy it. Made by
-    `build`; a subclass of Keras's functional model, with nothing else of its own.
+    `build`; a subclass of Keras's functional model, whose `export` keeps to operations that each
+    format has, with nothing else of its own.
 
     Example:
 
@@ -32,6 +34,11 @@ class SequenceModel(keras.Model):
     """
 
     supports_masking = True
+
+    def export(self, filepath: str, *args: Option, **options: Option) -> Option:
+        """Keras's own `export`, within `keras_ssattn.ops.exporting()`."""
+        with exporting_to(*args, **options):
+            return super().export(filepath, *args, **options)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> Tensor | None:
         return previous_mask if len(self.output_shape) == 3 else None
@@ -119,7 +126,7 @@ def build(
         if dropout > 0 and i < num_layers:
             x = keras.layers.Dropout(dropout, name=f"inter_block_dropout_{i}")(x)
     if final_norm:
-        x = keras.layers.LayerNormalization(epsilon=NORM_EPSILON, name="final_norm")(x)
+        x = LayerNormalization(epsilon=NORM_EPSILON, name="final_norm")(x)
     if output_mode == "last_timestep":
         x = LastTimestep(name="last_timestep")(x)
     elif output_mode == "mean_pool":

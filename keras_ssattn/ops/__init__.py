@@ -4,6 +4,7 @@
 `kernels` are arguments that have been checked, which `attend` and `attend_weights` take.
 """
 
+from keras_ssattn._keras.exporting import exporting
 from keras_ssattn.ops import kernels
 from keras_ssattn.ops._attention.api import attention, attention_weights
 from keras_ssattn.ops._attention.arguments import factor_of_query
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "combine",
+    "exporting",
     "factor_of_query",
     "kernels",
     "key_count",

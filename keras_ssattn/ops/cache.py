@@ -1,5 +1,6 @@
 """A cache of keys and values for decoding, of a fixed length, so that a step compiles once."""
 
+import math
 import numbers
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from keras_ssattn._checks import (
     check_rank,
     to_int32,
 )
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
+from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.stacks import place, runs_eagerly
 
 
@@ -188,9 +191,33 @@ def _check_part(name: str, old: Tensor, new: Tensor) -> None:
 
 
 def _write_by_row(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    step = ops.arange(ops.shape(old)[1], dtype="int32") - ops.expand_dims(index, -1)  # [B, S]
+    step = steps(ops.shape(old)[1]) - ops.expand_dims(index, -1)  # [B, S]
     written = ops.logical_and(step >= 0, step < ops.shape(new)[1])
-    step = ops.clip(step, 0, ops.shape(new)[1] - 1)
     extra = tuple(range(2, len(old.shape)))
-    written, step = ops.expand_dims(written, extra), ops.expand_dims(step, extra)
-    return ops.where(written, ops.take_along_axis(new, step, axis=1), old)
+    written = ops.expand_dims(written, extra)
+    if is_known(new.shape[1]) and new.shape[1] == 1:
+        return _choose(written, new, old)
+    if is_exporting():
+        new = _by_product(step, new)
+    else:
+        step = ops.expand_dims(ops.clip(step, 0, ops.shape(new)[1] - 1), extra)
+        new = ops.take_along_axis(new, step, axis=1)
+    return _choose(written, new, old)
+
+
+def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    if dtype_of(old) != "bool":
+        return ops.where(where, new, old)
+    # ONNX Runtime does not choose between booleans
+    kept = ops.logical_and(ops.logical_not(where), old)
+    return ops.logical_or(ops.logical_and(where, new), kept)
+
+
+def _by_product(step: Tensor, new: Tensor) -> Tensor:
+    """`new` at steps `[B, S]`, by a product that is exact and that every runtime has."""
+    batch, length = ops.shape(new)[:2]
+    chosen = ops.expand_dims(step, 2) == steps(length)  # [B, S, T]
+    dtype = "float32" if dtype_of(new) == "bool" else dtype_of(new)
+    flat = ops.reshape(cast(new, dtype), (batch, length, math.prod(new.shape[2:])))
+    found = ops.matmul(ops.cast(chosen, dtype), flat)
+    return cast(ops.reshape(found, (batch, ops.shape(step)[1], *new.shape[2:])), dtype_of(new))

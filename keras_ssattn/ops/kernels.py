@@ -33,6 +33,7 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_number
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import DType, Number, Tensor
 from keras_ssattn.ops import in_place
@@ -41,6 +42,16 @@ from keras_ssattn.ops import in_place
 def magnitude(x: Tensor) -> Tensor:
     """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
     return x * ops.sign(x)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e^x - 1, exact near 0, for x that does not overflow."""
+    if not is_exporting():
+        return ops.expm1(x)
+    # ONNX and LiteRT have no such function: e^x - 1 = 2 t / (1 - t) with t = tanh(x / 2)
+    t = ops.tanh(x * 0.5)
+    near = abs(x) < 0.5
+    return ops.where(near, 2.0 * t / (1.0 - ops.where(near, t, 0.0)), ops.exp(x) - 1.0)
 
 
 class Functions(NamedTuple):
@@ -52,7 +63,7 @@ class Functions(NamedTuple):
     absolute: Callable[[Tensor], Tensor]
 
 
-ROWS = Functions(operator.sub, ops.exp, ops.expm1, magnitude)
+ROWS = Functions(operator.sub, ops.exp, expm1, magnitude)
 TILES = Functions(in_place.subtract, in_place.exp, in_place.expm1, in_place.absolute)
 
 

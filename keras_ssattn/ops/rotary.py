@@ -10,6 +10,7 @@ from keras import ops
 from keras_ssattn._checks import check_floating, check_number, check_rank, to_int32
 from keras_ssattn._tensors import cast, dtype_of, may_be_equal, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
+from keras_ssattn.ops.sizes import steps
 
 # Keys that each type of scaling needs, and those it may have.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
@@ -243,9 +244,9 @@ def _angles(positions: Tensor, frequencies: np.ndarray, dtype: DType) -> Tensor:
     positions = ops.expand_dims(positions, -1)
     high = ops.floor_divide(positions, 4096)
     turns: Tensor = 0.0
-    for count, steps in ((high, 4096), (positions - 4096 * high, 1)):
+    for count, stride in ((high, 4096), (positions - 4096 * high, 1)):
         count = ops.cast(count, dtype)
-        rate = frequencies * (steps / (2 * math.pi))
+        rate = frequencies * (stride / (2 * math.pi))
         rate -= np.round(rate)
         leading = np.round(rate * 4096) / 4096
         product = count * ops.convert_to_tensor(leading, dtype)
@@ -259,7 +260,7 @@ def _check_positions(positions: int | ArrayLike, x: Tensor) -> Tensor:
     positions = to_int32("positions", positions)
     check_rank("positions", positions, (0, 1, 2))
     if len(positions.shape) == 0:
-        positions = positions + ops.arange(ops.shape(x)[1], dtype="int32")
+        positions = positions + steps(ops.shape(x)[1])
     if len(positions.shape) == 1:
         positions = ops.expand_dims(positions, 0)
     (rows, length), (batch, time) = ops.shape(positions), ops.shape(x)[:2]

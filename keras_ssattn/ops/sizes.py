@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -15,6 +16,7 @@ from keras_ssattn._checks import (
     check_last_position,
     check_mask,
 )
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, zero_if_equal
 from keras_ssattn._typing import ArrayLike, Size, Tensor
 
@@ -106,6 +108,14 @@ class Sizes:
             )
         check_broadcastable("query_offset", tuple(query_offset.shape), (self.batch,), "[B]")
         return cast(query_offset, "int32")
+
+
+def steps(length: Size) -> Tensor:
+    """0, 1, ... below `length`, int32."""
+    unknown = is_exporting() and not is_known(length)
+    if unknown and keras.backend.backend() == "jax":  # whose converter has no range up to it
+        return ops.cumsum(ops.ones((length,), "int32"), axis=0) - 1
+    return ops.arange(0, length, dtype="int32")
 
 
 def compress_ids(*ids: ArrayLike) -> tuple[ArrayLike, ...]:

@@ -17,10 +17,18 @@ from collections.abc import Sequence
 from keras import ops
 
 from keras_ssattn._checks import LARGEST_INT32, check_integer
-from keras_ssattn._tensors import cast, dtype_of, is_known, may_be_equal, to_tensor
+from keras_ssattn._keras.exporting import is_exporting
+from keras_ssattn._tensors import (
+    cast,
+    dtype_of,
+    is_known,
+    may_be_equal,
+    size_tensor,
+    to_tensor,
+)
 from keras_ssattn._typing import ArrayLike, Option, Size, Tensor
 from keras_ssattn.ops import stacks
-from keras_ssattn.ops.sizes import Sizes
+from keras_ssattn.ops.sizes import Sizes, steps
 
 ROWS = 64  # counted at a time where there are segments
 
@@ -159,12 +167,12 @@ class Visibility:
     def positions(self) -> Tensor:
         """Positions of the queries, int32 `[B|1, T]`."""
         if isinstance(self.query_offset, int) and is_known(self.query_length):
-            steps = ops.expand_dims(ops.arange(0, self.query_length, dtype="int32"), 0)
-            return steps + self.query_offset if self.query_offset else steps
+            rows = ops.expand_dims(steps(self.query_length), 0)
+            return rows + self.query_offset if self.query_offset else rows
         offset = ops.reshape(cast(to_tensor(self.query_offset), "int32"), (-1, 1))
         if is_known(self.query_length) and self.query_length == 1:
             return offset
-        return offset + ops.arange(self.query_length, dtype="int32")
+        return offset + steps(self.query_length)
 
     @functools.cached_property
     def dense_mask(self) -> Tensor:
@@ -172,7 +180,7 @@ class Visibility:
         parts = []
         if self.causal or self.window is not None:
             queries = ops.expand_dims(self.positions, (1, 3))  # [B|1, 1, T, 1]
-            keys = ops.arange(self.key_length, dtype="int32")
+            keys = steps(self.key_length)
             if self.causal:
                 parts.append(keys <= queries)
             if self.window is not None:
@@ -202,14 +210,15 @@ class Visibility:
         rows at a time, and no `T x S` mask is built.
         """
         one_row = is_known(self.query_length) and self.query_length == 1
-        if self.mask is not None or (one_row and self.needs_mask and self.segments is None):
+        by_mask = one_row or is_exporting()  # which other runtimes can sum, if not much else
+        if self.mask is not None or (by_mask and self.needs_mask and self.segments is None):
             return self._count_of_mask()
         first, end = self._stretch()  # the visible keys are [first, end), less its padding
         if self.segments is not None:
             return self._count_in_segments(first, end)
         if self.key_mask is None:
             if end is None:
-                return ops.reshape(ops.cast(self.key_length, "int32"), (1, 1, 1))
+                return ops.reshape(size_tensor(self.key_length), (1, 1, 1))
             return ops.expand_dims(end if first is None else end - first, 1)  # [B|1, 1, T]
         kept = ops.cast(self.key_mask, "int32")
         if end is None:
@@ -222,12 +231,13 @@ class Visibility:
         """The first key that causality and window leave, and the one after the last, `[B|1, T]`."""
         if not self.causal and self.window is None:
             return None, None
-        position = self.positions
+        position, length = self.positions, self.key_length
+        length = length if is_known(length) else size_tensor(length)
         if self.causal:
-            end = ops.clip(position, -1, self.key_length - 1) + 1  # free of overflow
+            end = ops.clip(position, -1, length - 1) + 1  # free of overflow
         else:
-            end = end_of_window(position, self.window or 1, self.key_length)
-        end = ops.clip(end, 0, self.key_length)
+            end = end_of_window(position, self.window or 1, length)
+        end = ops.clip(end, 0, length)
         if self.window is None:
             return None, end
         return ops.clip(position - self.window + 1, 0, end), end
@@ -247,7 +257,7 @@ class Visibility:
             if x is not None:
                 queries = queries + ops.zeros((ops.shape(x)[0], 1), dtype_of(queries))
         keys = ops.expand_dims(keys, (1, 2))  # [B, 1, 1, S]
-        index = ops.arange(ops.shape(keys)[3], dtype="int32")
+        index = steps(ops.shape(keys)[3])
         tiles = [_stack_rows(x) for x in (queries, first, end)]
 
         def count(i: Size, counts: Tensor) -> Tensor:

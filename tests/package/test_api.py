@@ -28,9 +28,9 @@ PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
           ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
 # What a part of the package may import: itself, and parts of a lower level.
 LEVELS = {
-    "_typing": 0, "_tensors": 1, "_torch": 1, "_checks": 2, "_keras": 3, "ops": 3, "layers": 4,
-    "conversion": 5, "checkpoints": 5, "models": 6, "analysis": 7, "ssmax": 7, "softpick": 7,
-    "distribution": 7, "__init__": 8,
+    "_typing": 0, "_tensors": 1, "_torch": 1, "_checks": 2, "_keras": 3, "ops": 4, "layers": 5,
+    "conversion": 6, "checkpoints": 6, "models": 7, "analysis": 8, "ssmax": 8, "softpick": 8,
+    "distribution": 8, "__init__": 9,
 }  # fmt: skip
 KNOW_FRAMEWORKS = ROOT / "_keras" / "compiling.py", ROOT / "_torch.py"
 

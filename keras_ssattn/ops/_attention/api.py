@@ -65,7 +65,8 @@ def attention(
             raises. `"auto"` takes `"fused"` on PyTorch, if it
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
             `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
-            input is then one tile); else `"dense"`.
+            input is then one tile); else `"dense"`. In export it takes `"dense"` in place of
+            `"tiled"`; see `exporting`.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor, widen
 from keras_ssattn._typing import Number, Tensor
 from keras_ssattn.ops import kernels
@@ -107,6 +108,8 @@ def _fastest(
         and fused.is_available(kernel, dtypes, visibility)
     ):
         return "fused"
+    if is_exporting():  # formats that other runtimes read have no loops over tiles
+        return "dense"
     if is_known(size):
         return "tiled" if size > DENSE_UP_TO else "dense"
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import dtype_of, matmul
 from keras_ssattn._typing import Number, Tensor
 from keras_ssattn.ops import kernels
@@ -60,6 +61,10 @@ def _matmul_by_group(x: Tensor, y: Tensor) -> Tensor:
     if num_heads == num_kv_heads:
         return matmul(x, y)
     batch, _, length, inner = ops.shape(x)
+    if is_exporting():  # PyTorch cannot tell which lengths the rows of groups may have
+        x = ops.reshape(x, (batch, num_kv_heads, -1, length, inner))  # [B, K, H/K, T, M]
+        out = matmul(x, ops.expand_dims(y, 2))  # [B, K, H/K, T, N]
+        return ops.reshape(out, (batch, num_heads, length, ops.shape(y)[3]))
     rows = num_heads // num_kv_heads * length
     x = ops.reshape(x, (batch, num_kv_heads, rows, inner))  # [B, K, H/K * T, M]
     out = matmul(x, y)  # [B, K, H/K * T, N]

@@ -6,6 +6,7 @@ from keras import ops
 from keras_ssattn._tensors import cast, dtype_of, is_known, widen
 from keras_ssattn._typing import DType, Number, Tensor
 from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
+from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.visibility import Visibility, as_bias
 
 
@@ -108,7 +109,7 @@ def _with_first(visibility: Visibility) -> tuple[Tensor, Tensor]:
     sizes = (*ops.shape(visible)[:2], visibility.query_length, visibility.key_length)
     visible = ops.broadcast_to(visible, sizes)
     visible = ops.pad(ops.cast(visible, "int32"), ((0, 0), (0, 0), (1, 0), (1, 0)), "constant")
-    first = ops.arange(ops.shape(visible)[-1]) == 0
+    first = steps(ops.shape(visible)[-1]) == 0
     return as_bias(ops.logical_or(ops.cast(visible, "bool"), first))
 
 
@@ -126,8 +127,8 @@ def _with_sink(
     sinks = ops.broadcast_to(sinks, (batch, length, num_heads, 2))
     query = ops.concatenate([query, sinks], axis=-1)
     key = ops.pad(key, ((0, 0), (1, 0), (0, 0), (0, 2)))  # [B, S + 1, H, D + 2]
-    first = ops.equal(ops.arange(ops.shape(key)[1]), 0)[:, None, None]
-    last = ops.arange(key.shape[-1]) >= size
+    first = ops.equal(steps(ops.shape(key)[1]), 0)[:, None, None]
+    last = steps(key.shape[-1]) >= size
     key = ops.where(ops.logical_and(first, last), ops.ones_like(key), key)
     query = ops.pad(query, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return query, key, ops.pad(value, ((0, 0), (1, 0), (0, 0), (0, 0)))
