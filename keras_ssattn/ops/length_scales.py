@@ -47,7 +47,7 @@ def linear_in_log(n: ArrayLike, s: Number | Tensor, b: Number | Tensor = 0.0) ->
     tensors = [x for x in (s, b, n) if not isinstance(x, numbers.Real)]
     dtype = "float64" if "float64" in map(dtype_of, tensors) else "float32"
     s, b, n = (x if isinstance(x, numbers.Real) else cast(x, dtype) for x in (s, b, n))
-    log_n = math.log(n) if isinstance(n, numbers.Real) else ops.log(ops.maximum(n, 1.0))
+    log_n = math.log(n) if isinstance(n, numbers.Real) else ops.log(ops.where(n > 1, n, 1.0))
     # No `ops.add`: on TensorFlow it adds a [H, 1] along the last axis where that has H entries.
     if any(map(keras.utils.is_keras_tensor, tensors)):
         s, log_n, minus_b = (ops.convert_to_tensor(x, dtype) for x in (s, log_n, -b))
