@@ -14,15 +14,15 @@ from support.language import OPTIONS, PROMPTS, make
 from keras_ssattn._keras.observing import observed_by
 from keras_ssattn.models import CausalLM, generation
 
-torch = pytest.importorskip("torch", reason="of PyTorch")
-pytestmark = pytest.mark.backend("torch", reason="the others compile what they generate by")
+if keras.backend.backend() != "torch":
+    pytest.skip("for torch only: the others compile what they generate by", allow_module_level=True)
 
-if keras.backend.backend() == "torch":
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils import _pytree as pytree
-    from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-    from keras_ssattn import _torch
+from keras_ssattn import _torch
 
 
 @pytest.fixture
