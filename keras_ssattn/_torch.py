@@ -1,5 +1,6 @@
 """What PyTorch alone has: its fused attention, and graphs of its operations."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 from keras_ssattn._typing import Number, Tensor
 
 LARGEST_CONSTANT = 2**20  # entries
+TRACING = threading.Lock()  # a trace changes PyTorch's modules while it lasts
 # Of these PyTorch has functions of the same arguments, which it calls faster than an operation.
 FUNCTIONS = ("add", "bmm", "cat", "expand", "mean", "mm", "mul", "permute", "pow", "rsqrt", "sub",
              "transpose", "unsqueeze", "view", "where")  # fmt: skip
@@ -35,7 +37,7 @@ def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
 
     Keras makes an index of every entry.
     """
-    return torch.ops.aten.index_put(old, [None, index], new)
+    return torch.ops.aten.index_put(old, [None, index], new.to(old.dtype))  # as in autocast
 
 
 without_gradients = torch.no_grad()
@@ -53,32 +55,44 @@ class Captured:
         function: of tensors, or tuples of them, that changes none of them.
         consumed: which arguments are of no use after a call; the graph writes over their tensors.
         compiled: whether to compile the graph by `torch.compile`.
+        obstacle: why it must not be captured, if it must not.
     """
 
     EAGER_RUNS = 16
 
     def __init__(
-        self, function: Callable, consumed: Iterable[int] = (), compiled: bool = False
+        self,
+        function: Callable,
+        consumed: Iterable[int] = (),
+        compiled: bool = False,
+        obstacle: str | None = None,
     ) -> None:
         self.function = torch.no_grad()(function)
         self.consumed = frozenset(consumed)
         self.compiled = compiled
+        self.obstacle = obstacle
         self.runs: dict[tuple, int] = {}
-        self.graphs: dict[tuple, Callable] = {}
+        self.graphs: dict[tuple, Callable | None] = {}
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = pytree.tree_flatten(args)
+        if torch.is_autocast_enabled(leaves[0].device.type):  # a graph would keep its dtypes
+            return self.function(*args)
         key = tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves)
         if key not in self.graphs:
             self.runs[key] = self.runs.get(key, 0) + 1
             if self.runs[key] <= self.EAGER_RUNS:
                 return self.function(*args)
-            self.graphs[key] = self._capture(leaves, structure)
+            with TRACING:
+                self.graphs[key] = self._capture(leaves, structure)
+        graph = self.graphs[key]
+        if graph is None:
+            return self.function(*args)
         with torch.inference_mode():
-            return self.graphs[key](*leaves)
+            return graph(*leaves)
 
-    def _capture(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> Callable:
-        """The graph for tensors of these shapes, or the function itself of the tensors."""
+    def _capture(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> Callable | None:
+        """The graph for tensors of these shapes, or `None`."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         def function(*leaves: Tensor) -> Any:
@@ -87,19 +101,35 @@ class Captured:
         places = pytree.tree_unflatten(range(len(leaves)), structure)
         consumed = pytree.tree_leaves([places[i] for i in self.consumed])
         try:
+            if self.obstacle is not None:
+                raise ValueError(self.obstacle)
             with torch.no_grad():
                 graph = make_fx(function)(*leaves)
                 # a second time, since some of PyTorch's functions are of operations in place
                 graph = make_fx(torch.func.functionalize(graph))(*leaves)
             optimize(graph, consumed)
-            return torch.compile(graph) if self.compiled else graph
-        except Exception as error:  # whatever a layer of the user's own does
+        except Exception as error:
             warnings.warn(
                 "a step of the model could not be captured as one graph, so it runs slowly, layer "
                 f"by layer. The reason: {error}",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return function
+            return None
+        return self._compile(graph, leaves) if self.compiled else graph
+
+    def _compile(self, graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable:
+        """The graph compiled, or, where there is no compiler, as it is."""
+        compiled = torch.compile(graph)
+        try:
+            with torch.inference_mode():
+                compiled(*(x.clone() for x in leaves))  # which compiles; it may write over them
+        except Exception as error:
+            warnings.warn(
+                f"a step of the model could not be compiled by `torch.compile`: {error}",
+                stacklevel=4,
+            )
+            return graph
+        return compiled
 
 
 def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None:

@@ -5,6 +5,7 @@ import keras
 from keras_ssattn._tensors import dtype_of
 from keras_ssattn._typing import Layer, Tensor
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EAGER = keras.backend.backend() == "torch"
 
 
@@ -27,7 +28,7 @@ def adds_nothing(owner: Layer, layer: Layer, x: Tensor) -> bool:
         EAGER
         and layer.built
         and owner.compute_dtype == layer.compute_dtype == layer.variable_dtype == dtype_of(x)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)  # of PyTorch's modules
+        and not any(getattr(layer, hooks) for hooks in HOOKS)
         and layer.quantization_mode is None
         and layer.activity_regularizer is None
     )

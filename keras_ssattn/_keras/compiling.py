@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 
 import keras
 
+from keras_ssattn._keras.tree import foreign_part
 from keras_ssattn._typing import Layer, Tensor
 
 
@@ -43,7 +44,9 @@ def compile_function(
 
         if consumed is None:
             return _torch.without_gradients(function)
-        return _torch.Captured(function, consumed, compiled=model.jit_compile is True)
+        foreign = foreign_part(model)
+        obstacle = foreign and f"{foreign} may do more than compute tensors"
+        return _torch.Captured(function, consumed, model.jit_compile is True, obstacle)
     return function
 
 

@@ -1,9 +1,14 @@
 """The layers below a layer, wherever it keeps them."""
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+SETTINGS = (bool, int, float, str, types.FunctionType, type(None))
+# Those that change in training, and change no output of a layer.
+STATES = ("built", "stop_evaluating", "stop_predicting", "stop_training", "trainable", "training")
 
 
 def held_layers(layer: Any) -> dict[tuple, Any]:
@@ -54,3 +59,33 @@ def walk(layer: Any, path: str = "", seen: set | None = None) -> Iterator[tuple[
     own = layer.layers if isinstance(layer, keras.Model) else []
     for child in [*own, *held_layers(layer).values()]:
         yield from walk(child, path, seen)
+
+
+def settings_of(layer: Any) -> tuple:
+    """The plain public attributes of a layer and all below it, on which a graph of it depends."""
+    return tuple(
+        (name, value)
+        for x in parents_first(layer)
+        for name, value in vars(x).items()
+        if not name.startswith("_") and name not in STATES and isinstance(value, SETTINGS)
+    )
+
+
+def foreign_part(model: Any) -> str | None:
+    """What in a model is code of the user's own, which may do more than compute tensors."""
+    for layer in parents_first(model):
+        if not _is_known(type(layer)):
+            return f"{type(layer).__name__}, a class of your own,"
+        own = [name for name in vars(layer) if name in ("call", "__call__", "next_logits")]
+        if own:
+            return f"`{own[0]}`, set on a {type(layer).__name__},"
+        activation = getattr(layer, "activation", None)
+        if activation is not None and not _is_known(activation):
+            return f"the activation {activation!r}"
+    return None
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a class or a function, or the class of an object, is Keras's or this package's."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return module.split(".")[0] in ("keras", "keras_ssattn")

@@ -10,7 +10,7 @@ from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.loading import NoWeights
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._tensors import cast, dtype_of, widen
-from keras_ssattn._typing import Config, Layer, NormName, Option, Shape, Tensor
+from keras_ssattn._typing import Axis, Config, Layer, NormName, Option, Shape, Tensor
 
 NORM_EPSILON = 1e-5  # Edifice's
 
@@ -77,7 +77,8 @@ class LayerNormalization(keras.layers.LayerNormalization):
     """
 
     def call(self, x: Tensor) -> Tensor:
-        if not is_exporting():
+        plain = self.center and self.scale and _is_last(self.axis, x)
+        if not is_exporting() or not plain:
             return super().call(x)
         wide = widen(x)
         wide = wide - ops.mean(wide, axis=-1, keepdims=True)
@@ -100,12 +101,18 @@ class RMSNormalization(keras.layers.RMSNormalization):
     """
 
     def call(self, x: Tensor) -> Tensor:
-        if not is_exporting():
+        if not is_exporting() or not _is_last(self.axis, x):
             return super().call(x)
         wide = widen(x)
         factor = ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + self.epsilon)
         scale = cast(ops.convert_to_tensor(self.scale), dtype_of(wide))
         return cast(wide * factor * scale, dtype_of(x))
+
+
+def _is_last(axis: Axis, x: Tensor) -> bool:
+    """Whether a layer of Keras normalizes over the last axis alone."""
+    axes = [axis] if isinstance(axis, int) else [*axis]
+    return axes in ([-1], [len(x.shape) - 1])
 
 
 NORMS: dict[str, type[keras.Layer]] = {

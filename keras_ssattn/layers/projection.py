@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_integer
-from keras_ssattn._keras.calling import adds_nothing
+from keras_ssattn._keras.calling import adds_nothing, call_inside
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
 from keras_ssattn._typing import Layer, Shape, Tensor
@@ -60,8 +60,9 @@ def project(owner: Layer, layer: keras.layers.EinsumDense, x: Tensor) -> Tensor:
 
     Its einsum takes ten operations on tensors, which at one token take longer than the product.
     """
-    if type(layer) is not keras.layers.EinsumDense or not adds_nothing(owner, layer, x):
-        return layer(x)
+    plain = type(layer) is keras.layers.EinsumDense and "call" not in vars(layer)
+    if not plain or not adds_nothing(owner, layer, x):
+        return call_inside(owner, layer, x)
     kernel = ops.convert_to_tensor(layer.kernel)  # with that of LoRA
     batch, length, *inner = x.shape
     rows, columns = kernel.shape[: len(inner)], kernel.shape[len(inner) :]

@@ -10,6 +10,7 @@ from keras import ops
 from keras_ssattn._checks import check_integer, check_number
 from keras_ssattn._keras.observing import is_watched
 from keras_ssattn._keras.state import sync_state
+from keras_ssattn._keras.tree import settings_of
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
 from keras_ssattn.ops.stacks import place, runs_eagerly
@@ -110,8 +111,9 @@ def stream(
     """The tokens of `generate`, as they come.
 
     The arguments are those of `generate`, and are checked at the call. The prompts are read when
-    the first tokens are asked for; then a compiled step gives those that follow. A loop that is
-    left early costs nothing more.
+    the first tokens are asked for; then a compiled step gives those that follow, with the options
+    that the model has then and the weights that it has at each step. A loop that is left early
+    costs nothing more.
 
     Returns:
         An iterator over int32 arrays `[B]`, the next token of each row, where B is the number of
@@ -300,7 +302,9 @@ def _compiled(
     One that is `repeated` takes the state that it gives: a token, the tokens met and the cache,
     which is written over. PyTorch captures it as a graph, in which no layer can be watched.
     """
-    options = (make.__name__, repeated, choice, model.rotary_state(), model.jit_compile is True)
+    compiled = model.jit_compile is True
+    settings = (model.rotary_state(), settings_of(model))
+    options = (make.__name__, repeated, choice, compiled, settings)
     return model.generators.get(
         options, lambda: make(model, choice), model, consumed=(3,) if repeated else None
     )

@@ -369,3 +369,16 @@ def test_without_training_dropout_needs_no_weights(monkeypatch, data):
     layer(data["query"], data["value"], training=False)
     with pytest.raises(TypeError, match="NoneType"):
         layer(data["query"], data["value"], training=True)
+
+
+@pytest.mark.backend("torch", reason="hooks are PyTorch's")
+def test_hooks_of_projections_are_called(rng):
+    layer, seen = MultiHeadAttention(2, 4), []
+    x = keras.ops.convert_to_tensor(rng.normal(size=(2, 3, 8)).astype("float32"))
+    layer(x.requires_grad_(), x)
+    layer.query_dense.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.value_dense.register_full_backward_hook(lambda *_: seen.append("backward"))
+    call = layer.key_dense.call
+    layer.key_dense.call = lambda x: seen.append("call") or call(x)
+    layer(x, x).sum().backward()
+    assert sorted(seen) == ["backward", "call", "forward"]

@@ -1,7 +1,9 @@
 """Steps of generation that PyTorch runs as a graph of tensor operations."""
 
 import collections
+import concurrent.futures
 import gc
+import re
 import shutil
 import warnings
 import weakref
@@ -9,6 +11,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
+from support.cases import randomize
 from support.language import OPTIONS, PROMPTS, make
 
 from keras_ssattn._keras.observing import observed_by
@@ -155,24 +158,103 @@ def test_step_takes_at_most_100_operations_a_layer(at_once, normalizer):
     assert graph.count["aten.index_put.default"] == graph.count["aten.clone.default"] == 0
 
 
-class Branches(keras.layers.Layer):
-    """A layer that no graph holds: it looks at numbers."""
+class Counts(keras.layers.Layer):
+    """A layer that no graph holds: it counts its calls, by NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = np.zeros(1)
 
     def call(self, x):
-        return x * 2 if float(keras.ops.max(x)) > 0 else x
+        self.calls += 1
+        return x * np.float32(np.sin(self.calls[0]))
 
 
-def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch):
-    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
-    model = CausalLM(13, 12, 1, 2, activation=Branches())
-    expected = model.generate(PROMPTS, 6)
-    model.generators.functions.clear()
-    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 2)
-    with pytest.warns(UserWarning, match="could not be captured.*The reason: ") as caught:
+class Bans(CausalLM):
+    """A model that no graph holds: it looks at the logits."""
+
+    def next_logits(self, *args, **kwargs):
+        logits, cache = super().next_logits(*args, **kwargs)
+        array = logits.numpy().copy()
+        array[np.arange(len(array)), array.argmax(-1)] = -1e9
+        return torch.tensor(array), cache
+
+
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (lambda: CausalLM(13, 12, 1, 2, activation=Counts()), "the activation <Counts"),
+        (lambda: CausalLM(13, 12, 1, 2, activation=lambda x: x * 2), "activation.*lambda"),
+        (lambda: Bans(13, 12, 1, 2), "Bans, a class of your own"),
+        (
+            lambda: CausalLM(13, 12, 1, 2, normalizer="softpick", implementation="tiled"),
+            "Exception",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning(make_model, reason, monkeypatch):
+    found = []
+    for runs in (10**9, 2):
+        keras.utils.set_random_seed(0)
+        model = randomize(make_model())
+        monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", runs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(np.array(model.generate(PROMPTS, 8)))
+        said = [str(x.message) for x in caught if "could not be captured" in str(x.message)]
+        assert len(said) == (runs == 2)
+    assert re.search(f"The reason: .*{reason}", said[0], re.DOTALL)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_call_set_on_a_layer_is_not_captured(at_once):
+    model = make("untied")
+    expected = model.generate(PROMPTS, 4)
+    layer, seen = model.blocks[0].feed_forward.up, []
+    call = layer.call
+    layer.call = lambda x: seen.append(1) or call(x)
+    with pytest.warns(UserWarning, match="`call`, set on a Dense"):
+        np.testing.assert_array_equal(model.generate(PROMPTS, 4), expected)
+    assert len(seen) == 4
+
+
+def test_settings_changed_later_are_followed(at_once):
+    model = CausalLM(13, 12, 1, 2)
+    randomize(model)
+    before = model.generate(PROMPTS, 30, temperature=1.0, seed=0)
+    for change in (
+        lambda x: setattr(x, "embedding_scale", 7.0),
+        lambda x: setattr(x.blocks[0].feed_forward.gate, "activation", keras.activations.relu),
+        lambda x: setattr(x.blocks[0].attention_norm, "epsilon", 5.0),
+    ):
+        change(model)
+        after = model.generate(PROMPTS, 30, temperature=1.0, seed=0)
+        assert not np.array_equal(after, before)
+        model.generators.functions.clear()
+        np.testing.assert_array_equal(model.generate(PROMPTS, 30, temperature=1.0, seed=0), after)
+        before = after
+
+
+def test_autocast_is_followed(at_once, monkeypatch):
+    model = make("untied")
+    model.generate(PROMPTS, 6)
+    with torch.autocast("cpu", torch.bfloat16):
         actual = model.generate(PROMPTS, 6)
-    assert len([x for x in caught if "captured" in str(x.message)]) == 1
-    for x, y in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+        model.generators.functions.clear()
+        monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
+        np.testing.assert_array_equal(model.generate(PROMPTS, 6), actual)
+
+
+def test_threads_capture_one_after_the_other(at_once):
+    model = make("untied")
+    expected = model.generate(PROMPTS, 5)
+    call, models = torch.nn.Module.__call__, [make("untied") for _ in range(3)]
+    for other in models:
+        other.set_weights(model.get_weights())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for tokens in pool.map(lambda model: model.generate(PROMPTS, 5), models):
+            np.testing.assert_array_equal(tokens, expected)
+    assert torch.nn.Module.__call__ is call
 
 
 def test_graphs_die_with_their_model(at_once):
@@ -217,6 +299,18 @@ def test_jit_compile_compiles_the_graph(at_once):
     for x, y in zip(model.generate(PROMPTS, 6), expected, strict=True):
         np.testing.assert_array_equal(x, y)
     assert [isinstance(x, torch.fx.GraphModule) for x in graphs(model)] == [True, False]
+
+
+def test_without_a_compiler_the_graph_runs_as_it_is(at_once, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda graph: fail)
+    model = make("untied")
+    expected = model.generate(PROMPTS, 6)
+    model.compile(jit_compile=True)
+    with pytest.warns(UserWarning, match="could not be compiled by `torch.compile`: no compiler"):
+        np.testing.assert_array_equal(model.generate(PROMPTS, 6), expected)
 
 
 # The optimization of graphs
