@@ -13,11 +13,11 @@ from keras_ssattn._keras.state import sync_state
 from keras_ssattn._keras.tree import settings_of
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
+from keras_ssattn.models.prompts import check_tokens, pad_left, without_padding
 from keras_ssattn.ops.stacks import place, runs_eagerly
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
-PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths compile
-ROOM_MULTIPLE = 64  # and caches
+ROOM_MULTIPLE = 64  # caches are a multiple of it, so that few lengths compile
 
 
 def generate(
@@ -223,16 +223,16 @@ def _plan(
     _check_sampling(temperature, draws_from, repetition_penalty, count, model.vocabulary_size)
     seed = check_integer("seed", seed, least=0, optional=True)
     sync_state(model)
-    rows = _check_tokens("prompts", prompts, model.vocabulary_size)
+    rows = check_tokens("prompts", prompts, model.vocabulary_size)
     if model.padding_id is not None:  # padding itself attends to nothing
-        rows = [_without_padding(row, model.padding_id) for row in rows]
+        rows = [without_padding(row, model.padding_id) for row in rows]
     if not isinstance(stop_tokens, Iterable):
         raise TypeError(f"`stop_tokens` must be token ids. Received: stop_tokens={stop_tokens!r}")
     stops = tuple(
-        np.unique(_check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
+        np.unique(check_tokens("stop_tokens", [[*stop_tokens]], model.vocabulary_size)[0])
     )
     rows = [row for row in rows for _ in range(count)]
-    tokens, mask = _pad_left(rows, prefill_size)
+    tokens, mask = pad_left(rows, prefill_size)
     if seed is None:
         seed = np.random.randint(2**31)  # which `keras.utils.set_random_seed` governs
     draws = np.random.default_rng(seed).random((max_new_tokens, len(rows)), "float32")
@@ -244,21 +244,6 @@ def _plan(
     settings = (temperature, top_p or 1.0, min_p or 0.0, repetition_penalty or 1.0)
     met = _met(rows, choice, model)
     return Plan(tokens, mask, draws, np.array(settings, "float32"), met, choice)
-
-
-def _pad_left(rows: list[np.ndarray], prefill_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[B, T]` and their mask; T is such that few lengths are compiled for."""
-    longest = max(len(row) for row in rows)
-    multiple = PROMPT_MULTIPLE
-    if prefill_size is not None and longest > prefill_size:
-        multiple = prefill_size
-    length = -(-longest // multiple) * multiple
-    tokens = np.zeros((len(rows), length), "int32")
-    mask = np.zeros((len(rows), length), "bool")
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = True
-    return tokens, mask
 
 
 def _met(rows: list[np.ndarray], choice: Choice, model: Layer) -> np.ndarray:
@@ -434,45 +419,6 @@ def _check_sampling(
             f"{', '.join(f'{name}={value}' for name, value in options.items())}, "
             f"num_return_sequences={count}"
         )
-
-
-def _check_tokens(name: str, rows: ArrayLike, vocabulary_size: int) -> list[np.ndarray]:
-    """The rows as arrays of token ids; of `stop_tokens`, a row may be empty."""
-    if hasattr(rows, "to_list"):  # of TensorFlow's ragged tensors, that Keras would pad
-        rows = rows.to_list()
-    elif ops.is_tensor(rows):
-        rows = ops.convert_to_numpy(rows)
-    try:
-        rows = [np.asarray(row) for row in rows]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"`{name}` must be rows of token ids. Received: {rows!r}") from error
-    if not rows:
-        raise ValueError(f"`{name}` must have one prompt or more. Received: none")
-    for row in rows:
-        if row.ndim != 1 or (name == "prompts" and not row.size):
-            raise ValueError(
-                f"`{name}` must be token ids, one or more in a row. Received: a row of shape "
-                f"{row.shape}"
-            )
-        if row.size and row.dtype.kind not in "iu":
-            raise TypeError(f"`{name}` must be integers. Received: dtype {row.dtype}")
-        if row.size and not 0 <= row.min() <= row.max() < vocabulary_size:
-            raise ValueError(
-                f"`{name}` must be from 0 to {vocabulary_size - 1}. Received: from {row.min()} "
-                f"to {row.max()}"
-            )
-    return rows
-
-
-def _without_padding(row: np.ndarray, padding_id: int) -> np.ndarray:
-    """The prompt up to its last token that is no padding."""
-    tokens = np.flatnonzero(row != padding_id)
-    if not tokens.size:
-        raise ValueError(
-            "`prompts` must have a token that is no padding in each row. Received: a row of "
-            f"{row.size} tokens, all {padding_id}"
-        )
-    return row[: tokens[-1] + 1]
 
 
 def _until(row: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
