@@ -29,7 +29,7 @@ from keras_ssattn._keras.serialization import (
     own_config,
     policy_for,
 )
-from keras_ssattn._tensors import dtype_of
+from keras_ssattn._tensors import dtype_of, is_known
 from keras_ssattn._typing import (
     ArrayLike,
     Config,
@@ -404,7 +404,7 @@ class CausalLM(PacksSegments, keras.Model):
         for block, old, shared in zip(self.blocks, cache, self._shared(seen), strict=True):
             x, new = block(x, mask=mask, cache=old, training=False, **shared)
             caches.append(new)
-        last = x if x.shape[1] == 1 else x[:, -1:]
+        last = x if is_known(x.shape[1]) and x.shape[1] == 1 else x[:, -1:]
         return self._logits(last)[:, 0], tuple(caches)
 
     def rotary_state(self) -> tuple:

@@ -74,8 +74,11 @@ def attention(
 
 def _is_one_row(query: Tensor, visibility: Visibility) -> bool:
     """Whether there is one query, of which all heads see the same, by a mask."""
-    same = visibility.mask is None or visibility.mask.shape[1] == 1
-    return visibility.needs_mask and same and is_known(query.shape[1]) and query.shape[1] == 1
+    rows = query.shape[1]
+    heads = 1 if visibility.mask is None else visibility.mask.shape[1]
+    if not (is_known(rows) and is_known(heads)):
+        return False
+    return visibility.needs_mask and rows == heads == 1
 
 
 def _regroup(x: Tensor, num_groups: int, size: int) -> Tensor:
