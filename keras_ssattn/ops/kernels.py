@@ -289,6 +289,8 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
     if any(is_known(size) and size == 0 for size in x.shape):  # PyTorch has no maximum of it
         return start
     peak = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
+    if is_exporting():  # the ONNX of TensorFlow's `where` multiplies, and 0 times -inf is NaN
+        return ops.maximum(peak, start)
     return ops.where(peak > start, peak, start)
 
 
