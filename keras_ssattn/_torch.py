@@ -151,7 +151,7 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
             key = (node.target, repr(node.args), repr(node.kwargs))
             value = _value(module, node, values)
             if value is not None:
-                key = (value.dtype, value.device, value.shape, value.cpu().numpy().tobytes())
+                key = (value.dtype, value.device, value.shape, _bytes(value))
                 if key not in first:
                     name = f"_value_{len(values)}"
                     module.register_buffer(name, value)
@@ -177,6 +177,10 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
         elif node.op == "get_attr":  # found at once, and not among a module's own parameters
             vars(module)[node.target] = getattr(module, node.target)
     module.recompile()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _is_pure(node: Node) -> bool:

@@ -7,11 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from support.cases import COMPARED
 
 pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
+if keras.backend.backend() == "torch":
+    pytest.importorskip("transformers", reason="transformers is not installed")
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "generation.py"
 
 
@@ -22,9 +25,9 @@ def test_writes_a_row_for_each_model(tmp_path, backend):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     assert result["backend"] == backend
-    names = {"keras_hub", *COMPARED}
-    assert {row["name"] for row in result["rows"]} == names
-    assert set(result["seconds_per_token"]) == names - {"keras_hub"}
+    others = {"keras_hub", *(["transformers"] if backend == "torch" else [])}
+    assert {row["name"] for row in result["rows"]} == others | {*COMPARED}
+    assert set(result["seconds_per_token"]) == {*COMPARED}
     assert all(row["tokens_per_second"] > 0 for row in result["rows"])
 
 
@@ -36,5 +39,10 @@ def test_the_reference_is_of_the_same_size_and_generates_as_much():
     ours, reference = benchmark.make_ours(args, "softmax"), benchmark.make_reference(args)
     assert ours.count_params() == reference.count_params()
     prompts = np.random.default_rng(0).integers(1, benchmark.VOCABULARY, (3, 7))
-    for model in (ours, reference):
+    models = [ours, reference]
+    if keras.backend.backend() == "torch":
+        models.append(benchmark.make_transformers(args))
+        count = sum(x.numel() for x in models[-1].parameters())
+        assert count == ours.count_params()
+    for model in models:
         assert benchmark.generator_of(model, prompts, 5)().shape == (3, 5)

@@ -11,7 +11,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from support.cases import randomize
+from support.cases import HAS_GATE, randomize
 from support.language import OPTIONS, PROMPTS, make
 
 from keras_ssattn._keras.observing import observed_by
@@ -141,6 +141,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(not HAS_GATE, reason="the norms of the Keras of the floor take more")
 @pytest.mark.parametrize("normalizer", ["softmax", "ssmax", "softpick"])
 def test_step_takes_at_most_100_operations_a_layer(at_once, normalizer):
     layers = 4
@@ -333,6 +334,13 @@ def test_constants_are_computed_once_and_the_same_things_too():
     graph, names = optimized(function, x)
     assert names == ["add", "sin", "add_2"]
     assert torch.equal(graph(x), function(x))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "bool", "int64"])
+def test_constants_of_any_dtype(dtype):
+    dtype = getattr(torch, dtype)
+    graph, _ = optimized(lambda x: x + torch.tensor([1, 0], dtype=dtype), torch.ones(2))
+    assert graph(torch.ones(2)).tolist() == [2, 1]
 
 
 def test_weights_are_no_constants():

@@ -30,6 +30,7 @@ def outputs(model):
 
 
 def save(folder):
+    keras.utils.set_random_seed(0)
     for name in MODELS:
         model = randomize(make(name))
         model.save(folder / f"{BACKEND}-{name}.keras")
