@@ -1,65 +1,12 @@
-"""A function that calls layers, compiled by the backend; the one file that knows frameworks."""
+"""Functions that call a model's layers, compiled by the backend and kept with the model."""
 
 from collections.abc import Callable, Hashable
 
 import keras
 
+from keras_ssattn._frameworks import compile_function
 from keras_ssattn._keras.tree import foreign_part
-from keras_ssattn._typing import Layer, Tensor
-
-
-def compile_function(
-    function: Callable, model: Layer, consumed: tuple[int, ...] | None = None
-) -> Callable:
-    """Compiles a function of tensors that reads a model's variables and changes nothing.
-
-    By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
-    TensorFlow. On PyTorch it runs eagerly, without gradients, or one that runs often as a graph.
-
-    Args:
-        function: of tensors.
-        model: of which it reads variables.
-        consumed: of a function that runs often, which arguments are of no use after a call:
-            results are written over them.
-    """
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        variables = model.variables
-
-        def stateless(values: list[Tensor], *args: Tensor) -> Tensor:
-            mapping = list(zip(variables, values, strict=True))
-            with keras.StatelessScope(state_mapping=mapping):
-                return function(*args)
-
-        compiled = jax.jit(stateless, donate_argnums=[1 + i for i in consumed or ()])
-        return lambda *args: compiled([v.value for v in variables], *args)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    if backend == "torch":
-        from keras_ssattn import _torch
-
-        if consumed is None:
-            return _torch.without_gradients(function)
-        foreign = foreign_part(model)
-        obstacle = foreign and f"{foreign} may do more than compute tensors"
-        return _torch.Captured(function, consumed, model.jit_compile is True, obstacle)
-    return function
-
-
-def is_traced() -> bool:
-    """Whether PyTorch follows what runs, to write it down for another time or another runtime."""
-    if keras.backend.backend() != "torch":
-        return False
-    import torch
-
-    if torch.jit.is_tracing():
-        return True
-    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
-    return is_exporting is not None and is_exporting()
+from keras_ssattn._typing import Layer
 
 
 class CompiledFunctions:
@@ -86,5 +33,12 @@ class CompiledFunctions:
             self.functions.clear()
             self.variables = list(variables)
         if options not in self.functions:
-            self.functions[options] = compile_function(make(), model, consumed)
+            foreign = foreign_part(model)
+            self.functions[options] = compile_function(
+                make(),
+                variables,
+                consumed,
+                compiled=model.jit_compile is True,
+                obstacle=foreign and f"{foreign} may do more than compute tensors",
+            )
         return self.functions[options]

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from keras_ssattn._keras.compiling import is_traced
+from keras_ssattn._frameworks import is_traced
 from keras_ssattn._typing import Option
 
 _exporting: contextvars.ContextVar[bool] = contextvars.ContextVar(

@@ -15,6 +15,7 @@ from keras_ssattn._checks import (
     check_rank,
     to_int32,
 )
+from keras_ssattn._frameworks import write as write_in_copy
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
@@ -145,13 +146,11 @@ def _write(index: int | Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
         return [_write_slice(old, index, new) for old, new in pairs]
     if len(index.shape) == 1:
         return [_write_by_row(old, index, new) for old, new in pairs]
-    from keras_ssattn import _torch
-
     index = ops.cast(ops.reshape(index, (1,)), "int64")
     length = pairs[0][1].shape[1]
     if not is_known(length) or length != 1:
         index = index + ops.arange(0, length, dtype="int64")
-    return [_torch.write(old, index, new) for old, new in pairs]
+    return [write_in_copy(old, index, new) for old, new in pairs]
 
 
 def _write_slice(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:

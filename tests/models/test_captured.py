@@ -25,13 +25,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keras_ssattn import _torch
+from keras_ssattn import _frameworks
 
 
 @pytest.fixture
 def at_once(monkeypatch):
     """Every step is captured when it first runs; a failure to is an error."""
-    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 0)
+    monkeypatch.setattr(_frameworks.Captured, "EAGER_RUNS", 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*could not be captured")
         yield
@@ -53,7 +53,7 @@ def first_step(model, count=5, **options):
 
 def graphs(model):
     functions = model.generators.functions.values()
-    captured = [x for x in functions if isinstance(x, _torch.Captured)]
+    captured = [x for x in functions if isinstance(x, _frameworks.Captured)]
     return [graph for x in captured for graph in x.graphs.values()]
 
 
@@ -67,7 +67,7 @@ def test_step_is_the_eager_one_bit_for_bit(at_once, options):
         step, args = first_step(model, **how)
         with torch.no_grad():
             expected = step(*args)
-        captured = _torch.Captured(step, (3,))
+        captured = _frameworks.Captured(step, (3,))
         actual = captured(*args)
         for x, y in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
             assert torch.equal(x, y)
@@ -80,11 +80,11 @@ def test_step_is_the_eager_one_bit_for_bit(at_once, options):
 )
 def test_tokens_are_the_eager_ones_before_and_after_capture(options, monkeypatch):
     model = make(options)
-    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
+    monkeypatch.setattr(_frameworks.Captured, "EAGER_RUNS", 10**9)
     options = {"temperature": 1.5, "seed": 1}
     expected = model.generate(PROMPTS, 24, **options)
     model.generators.functions.clear()
-    monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 7)
+    monkeypatch.setattr(_frameworks.Captured, "EAGER_RUNS", 7)
     for _ in range(2):
         for x, y in zip(
             model.generate(PROMPTS, 24, temperature=1.5, seed=1), expected, strict=True
@@ -102,7 +102,9 @@ def test_other_dtypes_are_captured(at_once, policy):
     step, args = first_step(model)
     with torch.no_grad():
         expected = pytree.tree_leaves(step(*args))
-    for x, y in zip(pytree.tree_leaves(_torch.Captured(step, (3,))(*args)), expected, strict=True):
+    for x, y in zip(
+        pytree.tree_leaves(_frameworks.Captured(step, (3,))(*args)), expected, strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -149,7 +151,7 @@ def test_step_takes_at_most_100_operations_a_layer(at_once, normalizer):
     with torch.no_grad(), Operations() as eager:
         step(*args)
     assert eager.count.total() <= 100 * layers
-    captured = _torch.Captured(step, (3,))
+    captured = _frameworks.Captured(step, (3,))
     captured(*args)
     with Operations() as graph:
         captured(*args)
@@ -198,7 +200,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_a_warning(make_model, reason,
     for runs in (10**9, 2):
         keras.utils.set_random_seed(0)
         model = randomize(make_model())
-        monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", runs)
+        monkeypatch.setattr(_frameworks.Captured, "EAGER_RUNS", runs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found.append(np.array(model.generate(PROMPTS, 8)))
@@ -242,7 +244,7 @@ def test_autocast_is_followed(at_once, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         actual = model.generate(PROMPTS, 6)
         model.generators.functions.clear()
-        monkeypatch.setattr(_torch.Captured, "EAGER_RUNS", 10**9)
+        monkeypatch.setattr(_frameworks.Captured, "EAGER_RUNS", 10**9)
         np.testing.assert_array_equal(model.generate(PROMPTS, 6), actual)
 
 
@@ -319,7 +321,7 @@ def test_without_a_compiler_the_graph_runs_as_it_is(at_once, monkeypatch):
 
 def optimized(function, *args, consumed=()):
     graph = make_fx(torch.func.functionalize(function))(*args)
-    _torch.optimize(graph, consumed)
+    _frameworks.optimize(graph, consumed)
     names = [node.name for node in graph.graph.nodes if node.op == "call_function"]
     return graph, names
 
@@ -363,7 +365,7 @@ def test_writes_over_what_is_consumed_and_read_by_nobody_else():
     index, new = torch.tensor([1]), torch.ones(1, 1)
 
     def write(x, y):
-        return _torch.write(x, index, new), _torch.write(y, index, new) + y
+        return _frameworks.write(x, index, new), _frameworks.write(y, index, new) + y
 
     x, y = torch.zeros(1, 3), torch.zeros(1, 3)
     graph, _ = optimized(write, x, y, consumed=(0, 1))
@@ -377,4 +379,4 @@ def test_writes_over_what_is_consumed_and_read_by_nobody_else():
 def test_operations_in_place_are_refused():
     graph = make_fx(lambda x: (x * 1).add_(1))(torch.ones(2))
     with pytest.raises(ValueError, match="add_.* changes what it is given"):
-        _torch.optimize(graph)
+        _frameworks.optimize(graph)

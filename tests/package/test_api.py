@@ -28,11 +28,11 @@ PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
           ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
 # What a part of the package may import: itself, and parts of a lower level.
 LEVELS = {
-    "_typing": 0, "_tensors": 1, "_torch": 1, "_checks": 2, "_keras": 3, "ops": 4, "layers": 5,
+    "_typing": 0, "_tensors": 1, "_frameworks": 1, "_checks": 2, "_keras": 3, "ops": 4, "layers": 5,
     "conversion": 6, "checkpoints": 6, "models": 7, "analysis": 8, "ssmax": 8, "softpick": 8,
     "distribution": 8, "__init__": 9,
 }  # fmt: skip
-KNOW_FRAMEWORKS = ROOT / "_keras" / "compiling.py", ROOT / "_torch.py"
+KNOWS_FRAMEWORKS = ROOT / "_frameworks.py"
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
@@ -62,8 +62,6 @@ def test_everything_public_is_documented_with_an_example(module):
 def test_examples_in_docstrings_run(name):
     if name == "keras_ssattn.analysis.plots":
         pytest.importorskip("matplotlib", reason="plots need the extra of that name")
-    if name == "keras_ssattn._torch":
-        pytest.importorskip("torch", reason="of PyTorch")
     assert failing_examples(importlib.import_module(name)) == []
 
 
@@ -97,7 +95,7 @@ def test_imports(path):
     part = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for name in _imports(path):
         top, *parts = name.split(".")
-        assert top not in ("tensorflow", "jax", "torch") or path in KNOW_FRAMEWORKS, name
+        assert top not in ("tensorflow", "jax", "torch") or path == KNOWS_FRAMEWORKS, name
         assert not name.startswith("keras.src"), name
         if top == "keras_ssattn" and parts and parts[0] in LEVELS and parts[0] != part:
             assert LEVELS[parts[0]] < LEVELS[part], f"{path} imports {name}"

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_ssattn._frameworks import fused_attention
 from keras_ssattn._tensors import cast, dtype_of, is_known, widen
 from keras_ssattn._typing import DType, Number, Tensor
 from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
@@ -98,9 +99,7 @@ def _fused(
     flash: bool,
 ) -> Tensor:
     if keras.backend.backend() == "torch" and not flash:
-        from keras_ssattn import _torch
-
-        return _torch.fused_attention(query, key, value, bias, scale, causal)
+        return fused_attention(query, key, value, bias, scale, causal)
     return ops.dot_product_attention(
         query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=flash
     )

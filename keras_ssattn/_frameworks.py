@@ -1,21 +1,82 @@
-"""What PyTorch alone has: its fused attention, and graphs of its operations."""
+"""What backends have beyond Keras: compilers, and PyTorch's fused attention and graphs.
+
+The one file that knows frameworks.
+"""
+
+from __future__ import annotations
 
 import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch.fx import Node
-from torch.utils import _pytree as pytree
+import keras
 
 from keras_ssattn._typing import Number, Tensor
+
+if keras.backend.backend() == "torch":
+    import torch
+    from torch.fx import Node
+    from torch.utils import _pytree as pytree
 
 LARGEST_CONSTANT = 2**20  # entries
 TRACING = threading.Lock()  # a trace changes PyTorch's modules while it lasts
 # Of these PyTorch has functions of the same arguments, which it calls faster than an operation.
 FUNCTIONS = ("add", "bmm", "cat", "expand", "mean", "mm", "mul", "permute", "pow", "rsqrt", "sub",
              "transpose", "unsqueeze", "view", "where")  # fmt: skip
+
+
+def compile_function(
+    function: Callable,
+    variables: list[keras.Variable],
+    consumed: tuple[int, ...] | None = None,
+    *,
+    compiled: bool = False,
+    obstacle: str | None = None,
+) -> Callable:
+    """Compiles a function of tensors that reads `variables` and changes nothing.
+
+    By `jax.jit` on JAX, which is given the variables' values at each call, and by XLA on
+    TensorFlow. On PyTorch it runs eagerly, without gradients, or one that runs often as a graph.
+
+    Args:
+        function: of tensors.
+        variables: all that it reads.
+        consumed: of a function that runs often, which arguments are of no use after a call:
+            results are written over them.
+        compiled: as in `Captured`.
+        obstacle: likewise.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def stateless(values: list[Tensor], *args: Tensor) -> Tensor:
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*args)
+
+        jitted = jax.jit(stateless, donate_argnums=[1 + i for i in consumed or ()])
+        return lambda *args: jitted([v.value for v in variables], *args)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if backend == "torch":
+        if consumed is None:
+            return torch.no_grad()(function)
+        return Captured(function, consumed, compiled, obstacle)
+    return function
+
+
+def is_traced() -> bool:
+    """Whether PyTorch follows what runs, to write it down for another time or another runtime."""
+    if keras.backend.backend() != "torch":
+        return False
+    if torch.jit.is_tracing():
+        return True
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
+    return is_exporting is not None and is_exporting()
 
 
 def fused_attention(
@@ -38,9 +99,6 @@ def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
     Keras makes an index of every entry.
     """
     return torch.ops.aten.index_put(old, [None, index], new.to(old.dtype))  # as in autocast
-
-
-without_gradients = torch.no_grad()
 
 
 class Captured:
