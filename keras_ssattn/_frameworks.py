@@ -98,7 +98,7 @@ def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
 
     Keras makes an index of every entry.
     """
-    return torch.ops.aten.index_put(old, [None, index], new.to(old.dtype))  # as in autocast
+    return torch.ops.aten.index_put(old, [None, index], new)
 
 
 class Captured:
