@@ -6,6 +6,7 @@ transformer (`build`); `ssmax` and `softpick` mirror the modules of Edifice.
 
 from keras_ssattn import analysis, distribution, layers, models, ops, softpick, ssmax
 from keras_ssattn.layers import (
+    AdaptiveLogScale,
     FeedForward,
     LastTimestep,
     LengthScale,
@@ -31,6 +32,7 @@ from keras_ssattn.ssmax import compute
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveLogScale",
     "CausalLM",
     "FeedForward",
     "LastTimestep",

@@ -3,6 +3,7 @@
 from keras_ssattn.layers.attention import MultiHeadAttention
 from keras_ssattn.layers.feed_forward import FeedForward
 from keras_ssattn.layers.length_scales import (
+    AdaptiveLogScale,
     LengthScale,
     LogLengthScale,
     PositionTemperature,
@@ -22,6 +23,7 @@ from keras_ssattn.layers.rotary import RotaryEmbedding
 from keras_ssattn.layers.transformer import TransformerBlock
 
 __all__ = [
+    "AdaptiveLogScale",
     "FeedForward",
     "LastTimestep",
     "LengthScale",

@@ -11,12 +11,18 @@ from keras_ssattn.ops._attention.arguments import factor_of_query
 from keras_ssattn.ops._attention.choice import attend, attend_weights
 from keras_ssattn.ops._attention.dense import combine
 from keras_ssattn.ops.cache import Cache, make_cache, update_cache
-from keras_ssattn.ops.length_scales import log_length_scale, position_temperature, qwen_log_scale
+from keras_ssattn.ops.length_scales import (
+    adaptive_log_scale,
+    log_length_scale,
+    position_temperature,
+    qwen_log_scale,
+)
 from keras_ssattn.ops.normalizers import rectified_softpick, sink_softmax, softmax, softpick, ssmax
 from keras_ssattn.ops.rotary import rotary_attention_factor, rotary_embedding, rotary_frequencies
 from keras_ssattn.ops.visibility import Visibility, key_count, visible_keys
 
 __all__ = [
+    "adaptive_log_scale",
     "Cache",
     "Visibility",
     "attend",

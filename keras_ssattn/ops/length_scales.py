@@ -138,6 +138,49 @@ def qwen_log_scale(n: ArrayLike, train_length: int) -> Number | Tensor:
     return ops.where(n > train_length, ops.log(n) / log_length, 1.0)
 
 
+def adaptive_log_scale(
+    n: ArrayLike, beta: ArrayLike, gamma: ArrayLike, delta: ArrayLike = 1.0
+) -> Number | Tensor:
+    r"""ASEntmax's scale, :math:`\delta + \beta\,(\log(n + 1))^\gamma`.
+
+    Args:
+        n: the number of keys that each query sees: a positive integer or an integer tensor, in
+            which 0 counts as 1.
+        beta: a number or a tensor broadcastable against `n`; positive in the paper.
+        gamma: the power, likewise. Above 0 the scale grows with n, below 0 it falls.
+        delta: the scale's part that does not depend on n, likewise. Defaults to 1.
+
+    Returns:
+        A float32 (or float64) tensor of the broadcast shape, or a Python float if every argument
+        is a number.
+
+    Raises:
+        TypeError: for a boolean tensor `n`.
+        ValueError: if `n` is a number below 1, or another argument is a number that is not
+            finite.
+
+    Example:
+
+    >>> from keras_ssattn import ops
+    >>> [round(ops.adaptive_log_scale(n, beta=0.5, gamma=1.0), 4) for n in (1, 1000)]
+    [1.3466, 4.4544]
+
+    Reference: arXiv 2506.16640 has log n. Its implementation starts at log 2, as this does,
+    since log 1 = 0 has no negative power.
+    """
+    given = {"beta": beta, "gamma": gamma, "delta": delta}
+    parameters = [_parameter(k, x) for k, x in given.items()]
+    n = _check_count(n)
+    tensors = [x for x in (n, *parameters) if not isinstance(x, numbers.Real)]
+    if not tensors:
+        b, g, d = parameters
+        return d + b * math.log(n + 1) ** g
+    dtype = "float64" if "float64" in map(dtype_of, tensors) else "float32"
+    b, g, d = (ops.cast(x, dtype) for x in parameters)
+    log_n = ops.log1p(ops.maximum(ops.cast(n, dtype), 1.0))
+    return d + b * ops.exp(g * ops.log(log_n))
+
+
 def _check_count(n: ArrayLike) -> Tensor:
     """Returns a number of keys, 1 or more, as it is, anything else as a tensor, or raises."""
     if isinstance(n, numbers.Real):

@@ -11,6 +11,7 @@ from support.helpers import FORMATS, assert_survives, to_numpy
 
 from keras_ssattn import layers
 from keras_ssattn.layers import (
+    AdaptiveLogScale,
     FeedForward,
     LastTimestep,
     LengthScale,
@@ -82,6 +83,7 @@ LAYERS = {
         dict(beta=0.2, original_length=4, first_position=1, num_heads=2),
         (N,),
     ),
+    AdaptiveLogScale: ({}, dict(delta=0.5, num_heads=2), (N, HEADS)),
     QueryAwareScale: ({}, dict(hidden_size=5, num_heads=2), (N, HEADS)),
     QwenLogScale: (dict(train_length=4), dict(num_heads=2), (N,)),
     RectifiedSoftpick: (
@@ -153,7 +155,7 @@ CASES = [
 
 def call(layer, inputs):
     """Calls a layer with as many inputs as it takes."""
-    takes_two = isinstance(layer, (MultiHeadAttention, QueryAwareScale)) or (
+    takes_two = isinstance(layer, (MultiHeadAttention, AdaptiveLogScale, QueryAwareScale)) or (
         isinstance(layer, TransformerBlock) and layer.cross_attention
     )
     return layer(*inputs[: 2 if takes_two else 1])
@@ -242,7 +244,7 @@ def test_symbolic_output_is_the_eager_one(cls, arguments, inputs, policy):
 def test_compute_output_shape(cls, arguments, inputs):
     layer = cls(**arguments)
     y = call(layer, inputs)
-    takes_two = isinstance(layer, (MultiHeadAttention, QueryAwareScale))
+    takes_two = isinstance(layer, (MultiHeadAttention, AdaptiveLogScale, QueryAwareScale))
     shapes = [x.shape for x in inputs][: 2 if takes_two else 1]
     assert tuple(layer.compute_output_shape(*shapes)) == tuple(y.shape)
 

@@ -1,12 +1,9 @@
-"""Length scales beside SSMax's: by position, by Qwen's logarithm, and by the query."""
+"""Length scales beside SSMax's: by position and by Qwen's logarithm; errors of all."""
 
-import math
-
-import keras
 import numpy as np
 import pytest
 from support import oracle
-from support.helpers import gradients, to_numpy
+from support.helpers import to_numpy
 
 from keras_ssattn import layers, ops
 
@@ -124,6 +121,17 @@ ERRORS = [
     (lambda: layers.PositionTemperature(first_position=2), "`first_position` must be 0 or 1.*=2"),
     (lambda: layers.QwenLogScale(1), "`train_length` must be an integer of 2 or more.*=1"),
     (lambda: layers.QwenLogScale(True), "`train_length` must be an integer of 2 or more.*=True"),
+    (lambda: layers.AdaptiveLogScale("a"), "`delta` must be a finite number.*'a'"),
+    (
+        lambda: layers.AdaptiveLogScale()(np.ones((3,), "int32")),
+        "`AdaptiveLogScale` needs the query",
+    ),
+    (
+        lambda: layers.AdaptiveLogScale()(np.ones((3,), "int32"), np.zeros((2, 3, 4), "float32")),
+        r"`query` must have shape \[B, T, H, D\].*\(2, 3, 4\)",
+    ),
+    (lambda: ops.adaptive_log_scale(0, 1, 1), "`n` must be a number of keys, 1 or more.*0"),
+    (lambda: ops.adaptive_log_scale(3, np.inf, 1), "`beta` must be a finite number.*inf"),
     (lambda: layers.QueryAwareScale(0), "`hidden_size` must be a positive integer.*=0"),
     (
         lambda: layers.Softmax(length_scale=layers.QueryAwareScale())(np.zeros((2, 3), "float32")),
@@ -149,126 +157,14 @@ def test_errors(call, match):
         call()
 
 
-@pytest.mark.parametrize("function", [ops.position_temperature, lambda n: ops.qwen_log_scale(n, 8)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        ops.position_temperature,
+        lambda n: ops.qwen_log_scale(n, 8),
+        lambda n: ops.adaptive_log_scale(n, 1, 1),
+    ],
+)
 def test_mask_for_n_is_refused(function):
     with pytest.raises(TypeError, match="`n` must be a number of keys, not a mask"):
         function(np.array([True]))
-
-
-# The query-aware scale
-
-
-def gelu(x):
-    return x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
-
-
-def query_aware(layer, n, query):
-    """The formula in float64, one head at a time; n is `[B, H, T]`."""
-    w = {v.name: np.asarray(to_numpy(v), "float64") for v in layer.weights}
-    out = np.zeros(query.shape)
-    for h in range(query.shape[2]):
-        log_n = np.log(np.maximum(n[:, h], 1.0))[..., None]  # [B, T, 1]
-        own = h if layer.num_heads else 0
-        factor = gelu(log_n @ w["count_kernel"] + w["count_bias"]) @ w["factor_kernel"][own]
-        gate = gelu(query[:, :, h] @ w["query_kernel"] + w["query_bias"]) @ w["gate_kernel"]
-        gate = 1 + np.tanh(gate + w["gate_bias"])
-        out[:, :, h] = (factor + w["factor_bias"][own]) * gate
-    return out
-
-
-def randomized(layer, rng):
-    for weight in layer.weights:
-        weight.assign(rng.normal(0, 0.5, weight.shape).astype("float32"))
-    return layer
-
-
-COUNTS = [(2, 3, 5), (2, 1, 5), (1, 1, 5), (1, 1, 1), (5,), ()]
-
-
-@pytest.mark.parametrize("heads", [None, 3])
-@pytest.mark.parametrize("shape", COUNTS, ids=str)
-def test_query_aware_values(shape, heads, rng):
-    n = rng.integers(0, 3000, shape).astype("int32")
-    query = rng.normal(size=(2, 5, 3, 4)).astype("float32")
-    layer = layers.QueryAwareScale(hidden_size=6, num_heads=heads)
-    layer.build(shape, query.shape)
-    randomized(layer, rng)
-    actual = to_numpy(layer(n, query))
-    expected = query_aware(layer, np.broadcast_to(n, (2, 3, 5)), query)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_query_aware_values_of_many_rows_without_heads(rng):
-    """A product that TensorFlow gets wrong, and that may end the process: see the layer."""
-    n = rng.integers(1, 3000, (16, 1, 32)).astype("int32")
-    query = rng.normal(size=(16, 32, 2, 8)).astype("float32")
-    layer = layers.QueryAwareScale()
-    layer.build(n.shape, query.shape)
-    randomized(layer, rng)
-    expected = query_aware(layer, np.broadcast_to(n, (16, 2, 32)), query)
-    for _ in range(5):
-        np.testing.assert_allclose(to_numpy(layer(n, query)), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_query_aware_starts_as_softmax(rng):
-    n = np.arange(1, 6, dtype="int32")
-    query = rng.normal(size=(2, 5, 3, 4)).astype("float32")
-    layer = layers.QueryAwareScale(num_heads=3)
-    np.testing.assert_array_equal(to_numpy(layer(n, query)), np.ones(query.shape))
-    assert len(layer.trainable_weights) == 8
-    for name in ("gate_kernel", "gate_bias", "factor_kernel"):
-        assert not to_numpy(getattr(layer, name)).any()
-    for name in ("count_kernel", "query_kernel"):
-        assert to_numpy(getattr(layer, name)).all()
-
-
-def test_query_aware_gate_starts_closed_whatever_the_function_of_n(rng):
-    n = np.arange(1, 6, dtype="int32")
-    layer = layers.QueryAwareScale(num_heads=3)
-    query = rng.normal(size=(2, 5, 3, 4)).astype("float32")
-    layer.build(n.shape, query.shape)
-    layer.factor_kernel.assign(rng.normal(size=layer.factor_kernel.shape))
-    actual = to_numpy(layer(n, query))
-    np.testing.assert_array_equal(actual, to_numpy(layer(n, -3 * query)))
-    assert np.ptp(actual[0, :, 0, 0]) > 0.01
-
-
-def test_query_aware_gradients_reach_the_query(rng):
-    n = np.arange(1, 6, dtype="int32")
-    query = rng.normal(size=(1, 5, 2, 4)).astype("float32")
-    layer = layers.QueryAwareScale(hidden_size=6)
-    layer.build(n.shape, query.shape)
-    randomized(layer, rng)
-    actual = gradients(lambda q: layer(n, q), [query], np.ones_like(query))[0]
-    counts = np.broadcast_to(n, (1, 2, 5))
-    step, expected = 1e-5, np.zeros(query.shape)
-    for index in np.ndindex(query.shape):
-        moved = np.zeros(query.shape)
-        moved[index] = step
-        ends = [query_aware(layer, counts, query + s * moved).sum() for s in (1, -1)]
-        expected[index] = (ends[0] - ends[1]) / (2 * step)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_query_aware_is_built_with_the_shape_of_the_queries():
-    scale = layers.QueryAwareScale()
-    normalizer = layers.Softmax(length_scale=scale, num_heads=3)
-    assert normalizer.length_scale.uses_query
-    normalizer.build_for_attention((None, None, 3, 4))
-    assert normalizer.length_scale.factor_kernel.shape == (3, 64, 4)
-    assert len(normalizer.trainable_weights) == 8
-
-
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_query_aware_computes_in_float32(policy, rng):
-    n = np.arange(1, 6, dtype="int32") * 1000
-    layer = layers.QueryAwareScale(num_heads=3, dtype=policy)
-    query = rng.normal(size=(2, 5, 3, 4)).astype("float32")
-    query = keras.ops.cast(query, policy.removeprefix("mixed_"))
-    layer.build(n.shape, query.shape)
-    randomized(layer, rng)
-    actual = layer(n, query)
-    assert keras.utils.standardize_dtype(actual.dtype) == "float32"
-    wide = to_numpy(keras.ops.cast(query, "float32"))
-    expected = query_aware(layer, np.broadcast_to(n, (2, 3, 5)), wide)
-    np.testing.assert_allclose(to_numpy(actual), expected, rtol=1e-5, atol=1e-5)

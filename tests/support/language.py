@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_ssattn.layers import QueryAwareScale, RotaryEmbedding, Softmax
+from keras_ssattn.layers import AdaptiveLogScale, QueryAwareScale, RotaryEmbedding, Softmax
 from keras_ssattn.models import layer_pattern
 from support import cases
 from support.cases import NORMALIZERS, TRAVELERS, randomize
@@ -19,6 +19,7 @@ LLAMA3 = {"type": "llama3", "factor": 4.0, "original_length": 16}
 OPTIONS = {
     **{name: {"normalizer": NORMALIZERS[name]} for name in TRAVELERS},
     "query_aware": {"normalizer": lambda: Softmax(length_scale=QueryAwareScale())},
+    "adaptive": {"normalizer": lambda: Softmax(length_scale=AdaptiveLogScale())},
     "no_positions": {"rotary": None},
     "partial_rotary": {"rotary": lambda: RotaryEmbedding(fraction=0.5, theta=500.0)},
     "window": {"sliding_window": 3},

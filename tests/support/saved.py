@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_ssattn import ops
 from keras_ssattn.layers import (
+    AdaptiveLogScale,
     FeedForward,
     LastTimestep,
     LogLengthScale,
@@ -244,6 +245,10 @@ def query_aware():
     return Softmax(length_scale=QueryAwareScale(hidden_size=2))
 
 
+def adaptive_log_scale():
+    return Softmax(length_scale=AdaptiveLogScale(delta=0.7))
+
+
 def position_temperature():
     return Softmax(length_scale=PositionTemperature(beta=0.3, original_length=2, first_position=1))
 
@@ -335,6 +340,7 @@ MODELS = {
     "language_untied": language(tie_embeddings=False),
     "language_padding": language(padded_text, padding_id=0),
     "language_query_aware": language(normalizer=query_aware),
+    "language_adaptive": language(normalizer=adaptive_log_scale),
     "language_temperature": language(normalizer=position_temperature),
     "language_qwen": language(normalizer=qwen_log_scale),
     "language_theta": language(prepare=other_theta),

@@ -5,18 +5,13 @@ from keras import ops
 
 from keras_ssattn._checks import check_integer
 from keras_ssattn._tensors import cast, dtype_of
-from keras_ssattn._typing import Config, DType, Shape, Tensor
-from keras_ssattn.layers.length_scales.base import LengthScale
+from keras_ssattn._typing import Config, Tensor
+from keras_ssattn.layers.length_scales.of_query import QueryScale
 from keras_ssattn.ops import log_length_scale
-
-NO_QUERY = (
-    "the length scale `QueryAwareScale` needs the query, which a normalizer alone does not have. "
-    "Use it in an attention layer. Received: query=None"
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
-class QueryAwareScale(LengthScale):
+class QueryAwareScale(QueryScale):
     r"""TabICLv2's length scale, :math:`\mathrm{MLP}(\log n)\,(1 + \tanh \mathrm{MLP}(q))`.
 
     The factor differs from feature to feature, and multiplies the query. Both networks have one
@@ -56,9 +51,6 @@ class QueryAwareScale(LengthScale):
     Reference: Qu et al., "TabICLv2", arXiv 2602.11139.
     """
 
-    uses_count = True
-    uses_query = True
-
     def __init__(
         self, hidden_size: int = 64, num_heads: int | None = None, **kwargs: object
     ) -> None:
@@ -66,34 +58,22 @@ class QueryAwareScale(LengthScale):
         super().__init__(num_heads=num_heads, **kwargs)
         self.hidden_size = hidden_size
 
-    def build(self, n_shape: Shape, query_shape: Shape | None = None) -> None:
-        if query_shape is None:
-            raise ValueError(NO_QUERY)
-        if len(query_shape) != 4 or self.num_heads not in (None, query_shape[2]):
-            raise ValueError(
-                "`query` must have shape [B, T, H, D]. Received: "
-                f"num_heads={self.num_heads}, query with shape {tuple(query_shape)}"
-            )
-        hidden, heads, size = self.hidden_size, self.num_heads or 1, query_shape[3]
+    def add_parameters(self, num_heads: int, size: int) -> None:
+        hidden, random = self.hidden_size, "glorot_uniform"
         # [1, hidden] and [H|1, hidden, D], with biases; then those of the gate.
-        self.count_kernel = self._add_parameter("count_kernel", (1, hidden))
-        self.count_bias = self._add_parameter("count_bias", (hidden,), "zeros")
-        self.factor_kernel = self._add_parameter("factor_kernel", (heads, hidden, size), "zeros")
-        self.factor_bias = self._add_parameter("factor_bias", (heads, 1, size), "ones")
-        self.query_kernel = self._add_parameter("query_kernel", (size, hidden))
-        self.query_bias = self._add_parameter("query_bias", (hidden,), "zeros")
-        self.gate_kernel = self._add_parameter("gate_kernel", (hidden, size), "zeros")
-        self.gate_bias = self._add_parameter("gate_bias", (size,), "zeros")
-
-    def _add_parameter(
-        self, name: str, shape: Shape, initializer: str = "glorot_uniform"
-    ) -> keras.Variable:
-        return self.add_weight(name=name, shape=shape, initializer=initializer, autocast=False)
+        self.count_kernel = self.add_parameter("count_kernel", (1, hidden), random)
+        self.count_bias = self.add_parameter("count_bias", (hidden,), "zeros")
+        self.factor_kernel = self.add_parameter("factor_kernel", (num_heads, hidden, size), "zeros")
+        self.factor_bias = self.add_parameter("factor_bias", (num_heads, 1, size), "ones")
+        self.query_kernel = self.add_parameter("query_kernel", (size, hidden), random)
+        self.query_bias = self.add_parameter("query_bias", (hidden,), "zeros")
+        self.gate_kernel = self.add_parameter("gate_kernel", (hidden, size), "zeros")
+        self.gate_bias = self.add_parameter("gate_bias", (size,), "zeros")
 
     def call(self, n: Tensor, query: Tensor | None = None) -> Tensor:
         if query is None:
-            raise ValueError(NO_QUERY)
-        dtype = self._result_dtype(query)
+            raise ValueError(self.no_query())
+        dtype = self.result_dtype(query)
         log_n: Tensor = log_length_scale(ops.cast(n, dtype))
         while len(log_n.shape) < 3:
             log_n = ops.expand_dims(log_n, 0)
@@ -102,16 +82,6 @@ class QueryAwareScale(LengthScale):
         hidden = _layer(ops.cast(query, dtype), self.query_kernel, self.query_bias)
         gate = ops.tanh(_layer(_gelu(hidden), self.gate_kernel, self.gate_bias))  # [B, T, H, D]
         return ops.transpose(factor, (0, 2, 1, 3)) * (1.0 + gate)
-
-    def compute_output_shape(self, n_shape: Shape, query_shape: Shape | None = None) -> Shape:
-        return tuple(query_shape or ())
-
-    def compute_output_spec(self, n: Tensor, query: Tensor | None = None) -> keras.KerasTensor:
-        shape = self.compute_output_shape(n.shape, getattr(query, "shape", None))
-        return keras.KerasTensor(shape, dtype=self._result_dtype(query))
-
-    def _result_dtype(self, query: Tensor) -> DType:
-        return "float64" if "float64" in (self.compute_dtype, dtype_of(query)) else "float32"
 
     def get_config(self) -> Config:
         return {**super().get_config(), "hidden_size": self.hidden_size}
