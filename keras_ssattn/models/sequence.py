@@ -1,4 +1,4 @@
-"""A causal transformer over windows of features, as Edifice's `build` makes it."""
+"""A transformer over windows of features, as Edifice's `build` makes it, and more."""
 
 import inspect
 
@@ -6,7 +6,16 @@ import keras
 
 from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
 from keras_ssattn._keras.exporting import exporting_to
-from keras_ssattn._typing import ArrayLike, Identifier, Option, OutputMode, Tensor
+from keras_ssattn._typing import (
+    ArrayLike,
+    FeedForwardType,
+    Identifier,
+    Implementation,
+    NormName,
+    Option,
+    OutputMode,
+    Tensor,
+)
 from keras_ssattn.layers import (
     LastTimestep,
     MeanPool,
@@ -15,6 +24,7 @@ from keras_ssattn.layers import (
     normalizers,
 )
 from keras_ssattn.layers.norms import NORM_EPSILON, LayerNormalization
+from keras_ssattn.layers.per_layer import specify_rotary
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -59,15 +69,30 @@ def build(
     output_mode: OutputMode = "last_timestep",
     *,
     final_norm: bool = True,
+    causal: bool = True,
+    rotary: Identifier = None,
+    num_kv_heads: int | None = None,
+    sliding_window: int | None = None,
+    qk_norm: bool = False,
+    use_gate: bool = False,
+    ffn_type: FeedForwardType = "standard",
+    activation: Identifier = None,
+    norm: NormName = "layer_norm",
+    implementation: Implementation = "auto",
     name: str | None = None,
 ) -> keras.Model:
-    """Builds a causal transformer over windows of features.
+    """Builds a transformer over windows of features.
 
     Input `[B, window_size, embed_dim]`; a dense `input_projection` where `embed_dim` differs
     from `hidden_size`; `num_layers` pre-norm blocks of causal attention and a feed-forward
     network of four times the size, dropout after each and between the blocks; a final layer
     normalization; the output. It is a functional `keras.Model`: train it, or use it as a
-    layer in a model of your own. There are no positional encodings, as in Edifice.
+    layer in a model of your own.
+
+    **There are no positions unless you ask for them**, as in Edifice. Without them the model is
+    nearly blind to the order of the steps: a causal one sees of it only which steps come before
+    each, one with `causal=False` nothing. Where order matters, as in most series, give
+    `rotary="default"`. Edifice does not have `causal` and the options after it.
 
     Args:
         embed_dim: number of features at each step of the input.
@@ -81,6 +106,17 @@ def build(
         output_mode: `"last_timestep"` (under a mask, the last step that it leaves), `"all"`
             or `"mean_pool"`.
         final_norm: whether to apply the final layer normalization.
+        causal: whether a step sees no later one; `False` where the whole sequence is there
+            before the answer, as in classification.
+        rotary: positions: `"default"`, a `RotaryEmbedding` layer, its config, or `None` for none.
+        num_kv_heads: number of key and value heads. Defaults to `num_heads`.
+        sliding_window: of attention, as in `MultiHeadAttention`.
+        qk_norm: likewise.
+        use_gate: likewise.
+        ffn_type: `"standard"` or `"gated"`.
+        activation: of the feed-forward networks. Defaults to GELU; gated, to SiLU.
+        norm: of the blocks: `"layer_norm"`, `"rms_norm"` or `"offset_rms_norm"`.
+        implementation: of attention: `"auto"`, `"dense"`, `"tiled"` or `"fused"`.
         name: of the model. Defaults to the normalizer's name with `_transformer`.
 
     Returns:
@@ -98,6 +134,17 @@ def build(
     >>> model.output_shape
     (None, 256)
 
+    A classifier of sequences of any length, padded with zeros, that knows the order of the steps:
+
+    >>> import keras
+    >>> encoder = keras_ssattn.build(
+    ...     embed_dim=12, hidden_size=32, num_layers=2, window_size=None,
+    ...     rotary="default", causal=False, output_mode="mean_pool",
+    ... )
+    >>> layers = [keras.Input((None, 12)), keras.layers.Masking(), encoder, keras.layers.Dense(9)]
+    >>> keras.Sequential(layers).output_shape
+    (None, 9)
+
     Reference: Edifice v0.2.0, `Blocks.SSMax.build`, `Blocks.Softpick.build`.
     """
     embed_dim = check_integer("embed_dim", embed_dim)
@@ -108,7 +155,7 @@ def build(
     check_rate("dropout", dropout)
     check_choice("output_mode", output_mode, OutputMode)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
-    normalizer = normalizers.get_for_attention(normalizer)
+    normalizer, rotary = normalizers.get_for_attention(normalizer), specify_rotary(rotary)
     prefix = normalizers.name_of(normalizer)
     inputs = keras.Input((window_size, embed_dim), name="state_sequence")
     x = inputs
@@ -117,9 +164,18 @@ def build(
     for i in range(1, num_layers + 1):
         block = TransformerBlock(
             num_heads,
+            num_kv_heads=num_kv_heads,
             normalizer=normalizer,
-            causal=True,
+            causal=causal,
+            sliding_window=sliding_window,
+            rotary=rotary,
+            qk_norm=qk_norm,
+            use_gate=use_gate,
+            ffn_type=ffn_type,
+            activation=activation,
+            norm=norm,
             dropout=dropout,
+            implementation=implementation,
             name=f"{prefix}_block_{i}",
         )
         x = block(x)

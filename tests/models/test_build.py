@@ -1,14 +1,17 @@
 """The mirror of Edifice: `build` and its neighbors."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
 from support import oracle
-from support.cases import NAMES
+from support.cases import NAMES, randomize
 from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
 from keras_ssattn import softpick, ssmax
+from keras_ssattn.layers import RotaryEmbedding, TransformerBlock
 
 
 def small(**options):
@@ -143,6 +146,104 @@ def test_normalizer_layer_and_model_name():
     assert small(normalizer="softpick").name == "softpick_transformer"
 
 
+@pytest.mark.parametrize(
+    ("options", "sees_order"),
+    [
+        ({"rotary": "default"}, True),
+        ({"rotary": "default", "causal": False, "output_mode": "mean_pool"}, True),
+        ({"num_layers": 1}, False),  # the last step sees the others as a set
+        ({"causal": False, "output_mode": "mean_pool"}, False),
+    ],
+)
+def test_order_is_seen_with_positions_alone(options, sees_order, x):
+    model = randomize(small(**options))
+    permuted = x[:, [3, 0, 5, 1, 4, 2, 6]]
+    moved = relative_error(to_numpy(model(permuted)), to_numpy(model(x)))
+    assert moved > 1e-3 if sees_order else moved < 1e-5
+
+
+@pytest.mark.parametrize("normalizer", NAMES)
+def test_sees_the_future_unless_causal(normalizer, x):
+    changed = x.copy()
+    changed[:, -1] += 1.0
+    for causal in (True, False):
+        options = {"rotary": "default", "causal": causal, "output_mode": "all"}
+        model = randomize(small(normalizer=normalizer, **options))
+        moved = np.abs(to_numpy(model(changed)) - to_numpy(model(x)))[:, :-1].max()
+        assert moved == 0.0 if causal else moved > 1e-3
+
+
+# Every option beyond Edifice's, with another value than its default.
+MORE = {
+    "causal": False,
+    "rotary": RotaryEmbedding(theta=500.0),
+    "num_kv_heads": 1,
+    "sliding_window": 4,
+    "qk_norm": True,
+    "use_gate": True,
+    "ffn_type": "gated",
+    "activation": "relu",
+    "norm": "rms_norm",
+    "implementation": "dense",
+}
+
+
+def test_more_options_are_those_of_the_block():
+    ours = inspect.signature(keras_ssattn.build).parameters
+    blocks = inspect.signature(TransformerBlock).parameters
+    assert [name for name in ours if name in MORE] == list(MORE)
+    for name, given in MORE.items():
+        default = ours[name].default
+        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert default == (True if name == "causal" else blocks[name].default)
+        assert given != default
+
+
+@pytest.mark.parametrize("module", [keras_ssattn, ssmax, softpick])
+def test_options_reach_every_block(module):
+    model = module.build(
+        5, hidden_size=12, num_heads=3, num_layers=3, window_size=7, dropout=0.0, **MORE
+    )
+    assert module.output_size(hidden_size=12, **MORE) == 12
+    blocks = [layer for layer in model.layers if isinstance(layer, TransformerBlock)]
+    assert len(blocks) == 3
+    for block in blocks:
+        config = block.get_config()
+        rotary, activation = config.pop("rotary"), config.pop("activation")
+        assert rotary["config"]["theta"] == block.attention.rotary.theta == 500.0
+        assert keras.activations.get(activation) is keras.activations.relu
+        assert config.items() >= {k: v for k, v in MORE.items() if k in config}.items()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_invisible_with_more_options(side, x):
+    options = {**MORE, "output_mode": "mean_pool", "window_size": None}
+    model = randomize(small(**options))
+    kept = np.arange(7) >= 3 if side == "left" else np.arange(7) < 4
+    actual = to_numpy(model(x, mask=np.broadcast_to(kept, (3, 7))))
+    expected = to_numpy(model(x[:, kept]))
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
+    padded = x * kept[:, None]  # as `Masking` marks it
+    masked = keras.Sequential([keras.Input((None, 5)), keras.layers.Masking(), model])
+    np.testing.assert_allclose(to_numpy(masked(padded)), actual, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "offset_rms_norm"])
+def test_more_options_are_saved(norm, x, tmp_path):
+    options = {**MORE, "norm": norm, "output_mode": "mean_pool", "window_size": None}
+    model = randomize(small(**options))
+    kept = np.arange(7) < 4
+    masked = keras.Sequential([keras.Input((None, 5)), keras.layers.Masking(), model])
+    masked.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    inputs = x * kept[:, None]
+    np.testing.assert_array_equal(to_numpy(loaded(inputs)), to_numpy(masked(inputs)))
+    new = small(**options)
+    model.save_weights(tmp_path / "model.weights.h5")
+    new.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(to_numpy(new(x)), to_numpy(model(x)))
+
+
 @pytest.mark.parametrize("module", [ssmax, softpick])
 def test_modules_build_their_own(module, x):
     name = module.__name__.rpartition(".")[2]
@@ -212,9 +313,19 @@ ERRORS = [
     (lambda: small(dropout=1.5), ValueError, r"`dropout` must be a number in \[0, 1\).*1.5"),
     (lambda: small(output_mode="first"), ValueError, "`output_mode` must be one of.*'first'"),
     (lambda: small(normalizer="entmax"), ValueError, "`normalizer` must be one of.*'entmax'"),
+    (lambda: small(rotary="yarn"), ValueError, "`rotary` must be.*'yarn'"),
+    (lambda: small(rotary=True), ValueError, "`rotary` must be.*True"),
+    (lambda: small(num_kv_heads=2), ValueError, "`num_kv_heads` must divide.*num_kv_heads=2"),
+    (lambda: small(sliding_window=0), ValueError, "`sliding_window` must be a positive.*0"),
+    (lambda: small(norm="batch_norm"), ValueError, "`norm` must be one of.*'batch_norm'"),
+    (lambda: small(ffn_type="moe"), ValueError, "`ffn_type` must be one of.*'moe'"),
+    (lambda: small(activation="gellu"), ValueError, "activation.*gellu"),
+    (lambda: small(implementation="flash"), ValueError, "`implementation` must be one.*'flash'"),
+    (lambda: small(norm_position="post"), TypeError, "unexpected keyword.*'norm_position'"),
     (lambda: small(num_head=3), TypeError, "unexpected keyword argument 'num_head'"),
     (lambda: ssmax.build(5, window=3), TypeError, "unexpected keyword argument 'window'"),
     (lambda: ssmax.build(5, normalizer="softmax"), TypeError, "multiple values.*'normalizer'"),
+    (lambda: softpick.build(5, rope=True), TypeError, "unexpected keyword argument 'rope'"),
     (lambda: ssmax.output_size(heads=3), TypeError, "unexpected keyword argument 'heads'"),
     (lambda: ssmax.output_size(hidden_size=0), ValueError, "`hidden_size` must be a positive"),
     (lambda: keras_ssattn.layer([[1.0]], normalizer="l1"), ValueError, "`normalizer` must.*'l1'"),
