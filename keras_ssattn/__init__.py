@@ -29,7 +29,7 @@ from keras_ssattn.layers.normalizers import layer
 from keras_ssattn.models import CausalLM, build, convert_attention, generate, output_size
 from keras_ssattn.ssmax import compute
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveLogScale",

@@ -324,12 +324,30 @@ MODELS = {
     "attention_trained": Saved(lambda: attention_model("ssmax_bias"), plain, trained),
     "attention_int8": Saved(lambda: attention_model("ssmax_bias"), plain, quantized),
     "attention_bfloat16": Saved(lambda: attention_model("ssmax_bias", dtype=MIXED), plain),
+    "attention_adaptive": functional(
+        lambda x: MultiHeadAttention(2, 3, normalizer=adaptive_log_scale())(x, x)
+    ),
     "attention_query_aware": functional(
         lambda x: MultiHeadAttention(2, 3, normalizer=query_aware())(x, x)
     ),
     "sequence_all": Saved(lambda: sequence_model(output_mode="all", final_norm=False), plain),
     "sequence_mean_pool": Saved(lambda: sequence_model(output_mode="mean_pool"), plain),
     "sequence_two_layers": Saved(lambda: sequence_model(num_layers=2, window_size=None), plain),
+    "sequence_options": Saved(
+        lambda: sequence_model(
+            window_size=None,
+            output_mode="mean_pool",
+            causal=False,
+            rotary="default",
+            num_kv_heads=1,
+            sliding_window=4,
+            qk_norm=True,
+            use_gate=True,
+            ffn_type="gated",
+            norm="rms_norm",
+        ),
+        plain,
+    ),
     "sequence_nested": masked(lambda: sequence_model("softpick")),
     "block": masked(lambda: TransformerBlock(2)),
     "block_options": functional(lambda x, y: block_of_all_options()(x, y), with_context),
@@ -364,6 +382,7 @@ MODELS = {
     "rotary": functional(lambda x: RotaryEmbedding(theta=100.0, scaling=YARN)(x, offset=3), heads),
     "rotary_partial": functional(lambda x: RotaryEmbedding(fraction=0.5)(x), heads),
     "feed_forward": functional(lambda x: FeedForward(5, activation="tanh")(x)),
+    "feed_forward_gelu_tanh": functional(lambda x: FeedForward(5, activation="gelu_tanh")(x)),
     "feed_forward_gated": functional(lambda x: FeedForward(5, gated=True, use_bias=False)(x)),
     "operation_masks": operation(
         grouped_with_masks,
