@@ -7,7 +7,6 @@ lowest validation loss with the first seed.
 """
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
@@ -16,15 +15,15 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from runs import best_rate
+from runs import best_rate, read_runs
 
 HERE = pathlib.Path(__file__).parent
 Arms = dict[str, list[dict[str, Any]]]
 
 
-def load(folder: pathlib.Path) -> Arms:
-    """The runs of each arm at its chosen learning rate, by seed."""
-    records = [json.loads(x.read_text()) for x in sorted(folder.glob("*.json"))]
+def load(results: pathlib.Path, condition: str = "") -> Arms:
+    """The runs of each arm at its chosen learning rate, by seed, within a condition."""
+    records = [x for x in read_runs(results) if x.get("condition", "") == condition]
     arms: Arms = {}
     for record in sorted(records, key=_order):
         arms.setdefault(record["arm"], []).append(record)
@@ -66,7 +65,7 @@ def about(arms: Arms) -> str:
 
 def report_retrieval(folder: pathlib.Path, name: str) -> str:
     """Accuracy by length and by depth, and the weight on the needle."""
-    arms = load(folder / name)
+    arms = load(folder / f"{name}.jsonl")
     if not arms:
         return ""
     lengths = list(next(iter(arms.values()))[0]["by_length"])
@@ -107,7 +106,7 @@ def report_retrieval(folder: pathlib.Path, name: str) -> str:
 
 def report_language_model(folder: pathlib.Path, name: str) -> str:
     """Loss by position, and what attention does."""
-    arms = load(folder / name)
+    arms = load(folder / f"{name}.jsonl")
     if not arms:
         return ""
     settings = next(iter(arms.values()))[0]["settings"]
@@ -148,7 +147,7 @@ def report_language_model(folder: pathlib.Path, name: str) -> str:
 
 def report_length_scale(folder: pathlib.Path, name: str) -> str:
     """The p[n] that each layer learned, and the best a1 log n + a2."""
-    runs = [run for arm in load(folder / name).values() for run in arm]
+    runs = [run for arm in load(folder / f"{name}.jsonl").values() for run in arm]
     if not runs:
         return ""
     layers = list(runs[0]["learned_scales"])

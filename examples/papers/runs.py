@@ -1,7 +1,8 @@
-"""The runs of an experiment: arms x learning rates x seeds, each stored when it ends.
+"""The runs of an experiment: conditions x arms x learning rates x seeds, each stored when it ends.
 
-Every arm tries the same learning rates with the first seed; the rate with the lowest validation
-loss is then run with the other seeds. A run whose file is there is not run again.
+Every arm tries the same learning rates with the first seed, within each condition; the rate with
+the lowest validation loss is then run with the other seeds. An experiment has one file, with a
+record a line. A run that is there is not run again.
 """
 
 import argparse
@@ -14,38 +15,50 @@ from typing import Any
 
 import keras
 
-NOT_OF_A_RUN = ("about", "results", "arms", "learning_rates", "seeds")
+Record = dict[str, Any]
+NOT_OF_A_RUN = ("about", "results", "arms", "conditions", "learning_rates", "seeds")
+DIGITS = 5  # of the numbers stored
 
 
 def run_all(
     config_file: pathlib.Path,
-    output: pathlib.Path,
+    results: pathlib.Path,
     run_one: Callable,
     small: bool = False,
     only: list[str] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Runs what is missing; returns the records of the chosen learning rate by arm.
+) -> dict[str, dict[str, list[Record]]]:
+    """Runs what is missing; returns the records of the chosen rate by condition and arm.
 
     Args:
         config_file: JSON: `arms`, `learning_rates`, `seeds`, and what `run_one` needs. The entry
-            `small` replaces others in a trial at small size.
-        output: folder of the stored runs.
+            `small` replaces others in a trial at small size. The entry `conditions` has, by name,
+            what replaces others; every arm is run within each. Without it there is one, "".
+        results: the file of the stored runs. Checkpoints are in the folder of that name.
         run_one: of the config, the arm, the learning rate, the seed and a folder for its
             checkpoints; returns a record with `validation`, the loss to choose the rate by.
         small: whether to run the trial at small size.
         only: the arms to run; all by default.
     """
     config = read_config(config_file, small)
-    chosen = {}
-    for arm in only or config["arms"]:
-        # an arm that goes on from another one's training goes on from that one's learning rate
-        source = config["arms"][arm].get("from")
-        rates = config["learning_rates"] if source is None else [best_rate(chosen[source])]
-        seeds = config["seeds"]
-        first = [_run(config, arm, rate, seeds[0], output, run_one) for rate in rates]
-        rate = best_rate(first)
-        others = [_run(config, arm, rate, seed, output, run_one) for seed in seeds[1:]]
-        chosen[arm] = [x for x in first if x["learning_rate"] == rate] + others
+    chosen: dict[str, dict[str, list[Record]]] = {}
+    for condition, options in config.pop("conditions", {"": {}}).items():
+        task = {**config, **options}
+        found = chosen[condition] = {}
+
+        def run(
+            arm: str, rate: float, seed: int, task: Record = task, condition: str = condition
+        ) -> Record:
+            return _run(task, condition, arm, rate, seed, results, run_one)
+
+        for arm in only or task["arms"]:
+            # an arm that goes on from another one's training goes on from that one's rate
+            source = task["arms"][arm].get("from")
+            rates = task["learning_rates"] if source is None else [best_rate(found[source])]
+            seeds = task["seeds"]
+            first = [run(arm, rate, seeds[0]) for rate in rates]
+            rate = best_rate(first)
+            others = [run(arm, rate, seed) for seed in seeds[1:]]
+            found[arm] = [x for x in first if x["learning_rate"] == rate] + others
     return chosen
 
 
@@ -56,47 +69,74 @@ def read_config(config_file: pathlib.Path, small: bool = False) -> dict[str, Any
     return {**config, **trial} if small else config
 
 
-def best_rate(records: list[dict[str, Any]]) -> float:
+def read_runs(results: pathlib.Path) -> list[Record]:
+    """The stored runs of an experiment; none if there is no file."""
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def best_rate(records: list[Record]) -> float:
     """The learning rate of the record with the lowest validation loss."""
     return min(records, key=lambda record: record["validation"])["learning_rate"]
 
 
 def run_name(arm: str, rate: float, seed: int) -> str:
     """The name of a run's files."""
-    return re.sub(r"[^a-z0-9.]+", "-", f"{arm} {rate:g} seed {seed}".lower())
+    return slug(f"{arm} {rate:g} seed {seed}")
+
+
+def slug(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower())
+
+
+def rounded(value: Any) -> Any:
+    """A record with floats of few digits."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(x) for x in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _run(
     config: dict[str, Any],
+    condition: str,
     arm: str,
     rate: float,
     seed: int,
-    output: pathlib.Path,
+    results: pathlib.Path,
     run_one: Callable,
-) -> dict[str, Any]:
-    file = output / f"{run_name(arm, rate, seed)}.json"
+) -> Record:
+    name = f"{condition} {run_name(arm, rate, seed)}".strip()
+    key = {"arm": arm, "learning_rate": rate, "seed": seed}
+    if condition:
+        key = {"condition": condition, **key}
     task = {k: v for k, v in config.items() if k not in NOT_OF_A_RUN}
-    settings = {**task, "arm": arm, **config["arms"][arm], "learning_rate": rate, "seed": seed}
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record["settings"] != settings:
-            raise ValueError(f"{file} is of a run with other settings. Remove it to run it again.")
-        return record
+    settings = {**task, **config["arms"][arm], **key}
+    for record in read_runs(results):
+        if all(record.get(k) == v for k, v in key.items()):
+            if record["settings"] != settings:
+                raise ValueError(
+                    f"{results} has the run {name!r} with other settings. Remove it to run it again"
+                )
+            return record
     start = time.perf_counter()
-    record = run_one(config, arm, rate, seed, output / "checkpoints")
+    folder = results.with_suffix("") / "checkpoints" / slug(condition)
+    found = run_one(config, arm, rate, seed, folder)
+    minutes = (time.perf_counter() - start) / 60
     record = {
-        "arm": arm,
-        "learning_rate": rate,
-        "seed": seed,
-        **record,
-        "minutes": (time.perf_counter() - start) / 60,
+        **key,
+        **rounded({**found, "minutes": minutes}),
         "backend": keras.backend.backend(),
         "keras": keras.version(),
         "settings": settings,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{run_name(arm, rate, seed):50} {record['validation']:.4f}", flush=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(record) + "\n")  # at once: other processes may add to the file
+    print(f"{name:60} {record['validation']:.4f}", flush=True)
     return record
 
 
@@ -106,8 +146,10 @@ def main(run_one: Callable, about: str) -> None:
     parser.add_argument("config", type=pathlib.Path, help="relative to this folder")
     parser.add_argument("--small", action="store_true", help="a trial of the program")
     parser.add_argument("--only", nargs="+", help="arms to run")
-    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the file of results")
     args = parser.parse_args()
     config_file = pathlib.Path(__file__).parent / args.config
-    output = args.output or config_file.parent / read_config(config_file)["results"]
-    run_all(config_file, output, run_one, args.small, args.only)
+    results = config_file.parent / f"{read_config(config_file)['results']}.jsonl"
+    if args.output is not None:
+        results = args.output / results.name
+    run_all(config_file, results, run_one, args.small, args.only)

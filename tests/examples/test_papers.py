@@ -17,7 +17,7 @@ import runs
 import training
 
 PAPERS = pathlib.Path(__file__).parents[2] / "examples" / "papers"
-CONFIGS = sorted(str(x.relative_to(PAPERS)) for x in PAPERS.glob("*/*.json"))
+CONFIGS = [f"{x.parent.name}/{x.name}" for x in sorted(PAPERS.glob("s[so]*/*.json"))]
 RUN = [
     ("language_model.py", "ssmax/language_model.json"),
     ("retrieval.py", "softpick/retrieval.json"),
@@ -48,7 +48,8 @@ def test_runs_every_arm_and_does_not_run_it_again(script, config, backend, tmp_p
     arms = runs.read_config(PAPERS / config)["arms"]
     printed = run(script, config, tmp_path)
     assert len(printed.splitlines()) == len(arms)
-    records = [json.loads(x.read_text()) for x in tmp_path.glob("*.json")]
+    [results] = tmp_path.glob("*.jsonl")
+    records = runs.read_runs(results)
     assert {x["arm"] for x in records} == set(arms)
     assert all(np.isfinite(x["validation"]) and x["backend"] == backend for x in records)
     assert run(script, config, tmp_path) == ""
@@ -110,10 +111,11 @@ def test_results_of_other_settings_are_refused(tmp_path):
     config = {"arms": {"a": {"x": 1}}, "learning_rates": [0.1], "seeds": [0]}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    runs.run_all(file, tmp_path / "out", lambda *_: {"validation": 1.0})
+    results = tmp_path / "out.jsonl"
+    runs.run_all(file, results, lambda *_: {"validation": 1.0})
     file.write_text(json.dumps({**config, "arms": {"a": {"x": 2}}}))
-    with pytest.raises(ValueError, match="a-0.1-seed-0.json is of a run with other settings"):
-        runs.run_all(file, tmp_path / "out", lambda *_: {"validation": 1.0})
+    with pytest.raises(ValueError, match="has the run 'a-0.1-seed-0' with other settings"):
+        runs.run_all(file, results, lambda *_: {"validation": 1.0})
 
 
 def test_the_best_learning_rate_gets_the_other_seeds(tmp_path):
@@ -131,7 +133,7 @@ def test_the_best_learning_rate_gets_the_other_seeds(tmp_path):
     def also_c(config, arm, rate, seed, folder):
         return run_one(config, "a" if arm == "c" else arm, rate, seed, folder)
 
-    chosen = runs.run_all(file, tmp_path / "out", also_c)
+    chosen = runs.run_all(file, tmp_path / "out.jsonl", also_c)[""]
     assert calls == [
         *(("a", 0.1, 0), ("a", 0.3, 0), ("a", 0.1, 1)),
         *(("b", 0.1, 0), ("b", 0.3, 0), ("b", 0.3, 1)),
@@ -140,6 +142,31 @@ def test_the_best_learning_rate_gets_the_other_seeds(tmp_path):
     assert {arm: {x["learning_rate"] for x in found} for arm, found in chosen.items()} == {
         "a": {0.1}, "b": {0.3}, "c": {0.1}
     }  # fmt: skip
+
+
+def test_the_learning_rate_is_chosen_within_each_condition(tmp_path):
+    """A condition replaces options; a run is stored once for each, in one file."""
+    best, calls = {1: 0.1, 2: 0.3}, []
+
+    def run_one(config, arm, rate, seed, folder):
+        calls.append((config["size"], rate, seed, folder.name))
+        return {"validation": abs(rate - best[config["size"]]), "measured": 1 / 3}
+
+    conditions = {"easy": {"size": 1}, "Hard one": {"size": 2}}
+    config = {"arms": {"a": {}}, "size": 0, "conditions": conditions}
+    file, results = tmp_path / "config.json", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({**config, "learning_rates": [0.1, 0.3], "seeds": [0, 1]}))
+    chosen = runs.run_all(file, results, run_one)
+    assert calls == [
+        *((1, 0.1, 0, "easy"), (1, 0.3, 0, "easy"), (1, 0.1, 1, "easy")),
+        *((2, 0.1, 0, "hard-one"), (2, 0.3, 0, "hard-one"), (2, 0.3, 1, "hard-one")),
+    ]
+    stored = runs.read_runs(results)
+    assert [x["condition"] for x in stored] == ["easy"] * 3 + ["Hard one"] * 3
+    assert {x["measured"] for x in stored} == {0.33333}
+    assert chosen["Hard one"]["a"] == report.load(results, "Hard one")["a"] == stored[-2:]
+    assert runs.run_all(file, results, run_one) == chosen
+    assert len(calls) == 6
 
 
 def test_the_task_has_one_answer(rng):
@@ -159,11 +186,16 @@ def test_the_task_has_one_answer(rng):
 @pytest.mark.parametrize("length", [64, 512])
 def test_a_reported_accuracy_is_measured_again(arm, length):
     """From the weights kept with the results, on any backend."""
-    file = PAPERS / "results" / "retrieval" / runs.run_name(arm, 0.003, 0)
-    stored = json.loads(file.with_name(f"{file.name}.json").read_text())
+    results = PAPERS / "results" / "retrieval.jsonl"
+    [stored] = (
+        x
+        for x in runs.read_runs(results)
+        if (x["arm"], x["learning_rate"], x["seed"]) == (arm, 0.003, 0)
+    )
+    name = runs.run_name(arm, 0.003, 0)
     settings = {**stored["settings"], "test_sequences": 64}
     model = training.make_model(settings, settings["normalizer"])
-    model.load_weights(file.with_name(f"{file.name}.weights.h5"))
+    model.load_weights(results.with_suffix("") / f"{name}.weights.h5")
     found = retrieval.measure(settings, model, length, seed=2)
     expected = stored["by_length"][str(length)]
     assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=2.5 / (64 * 8))
