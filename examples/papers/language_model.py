@@ -1,12 +1,16 @@
 """Language modelling on the sources of the Python standard library, byte by byte.
 
 Trained at one length; the loss by position is then measured up to 20 times that length, with the
-rotary theta of training and with 50 times that theta.
+rotary theta of training and with 50 times that theta. With `copies`, a passage occurs twice in a
+share of the training sequences, and the loss on the second copy is measured by distance.
 
     KERAS_BACKEND=jax python examples/papers/language_model.py ssmax/language_model.json
 
 The configuration names the arms; `ssmax/language_model_paper.json` is the SSMax paper's size, for
 a GPU. A run that was stopped goes on where it was; one that is stored is not run again.
+Another text is a folder, `text`. That of `study/bible.json` is the Debian package bible-kjv:
+
+    mkdir bible && bible "gen1:1-rev22:21" | split -C 40k - bible/
 """
 
 import functools
@@ -21,11 +25,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from attention_statistics import attention_statistics, learned_scales
+from copies import measure_copies, repeat_passages
 from runs import main
 from scale_per_count import ScalePerCount  # noqa: F401  # for the configurations that name it
 from training import carry_over, compile_model, count_tokens, make_model, train
 
-THETA_FACTORS = (1, 50)
+THETA_FACTORS = (1, 50)  # of the theta of training
 VALIDATION_SEQUENCES = 256
 
 
@@ -53,8 +58,23 @@ def draw_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and their successors, `[number, length]`."""
     starts = rng.integers(0, len(text) - length, number)
-    windows = text[starts[:, None] + np.arange(length + 1)].astype("int32")
+    return split(text[starts[:, None] + np.arange(length + 1)].astype("int32"))
+
+
+def split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their successors."""
     return windows[:, :-1], windows[:, 1:]
+
+
+def draw_training(config: dict[str, Any], rng: np.random.Generator) -> tuple:
+    """A batch of training: tokens and their successors."""
+    text = load_text(config.get("text"))["train"]
+    tokens, targets = draw_windows(rng, text, config["batch_size"], config["length"])
+    if "copies" not in config:
+        return tokens, targets
+    share, lengths = config["copies"]["share"], config["copies"]["lengths"]
+    windows = np.concatenate([tokens, targets[:, -1:]], axis=1)
+    return split(repeat_passages(rng, windows, share, lengths))
 
 
 def test_windows(config: dict[str, Any], factor: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,20 +109,13 @@ def run_one(
     config: dict[str, Any], arm: str, rate: float, seed: int, folder: pathlib.Path
 ) -> dict[str, Any]:
     """Trains and measures one model."""
-    sizes = config["batch_size"], config["length"]
-    model = train(
-        config,
-        arm,
-        rate,
-        seed,
-        lambda rng: draw_windows(rng, load_text(config.get("text"))["train"], *sizes),
-        folder,
-    )
+    options = config["arms"][arm]
+    config = {**config, "model": {**config["model"], **options.get("model_options", {})}}
+    draw = functools.partial(draw_training, config)
+    model = train(config, arm, rate, seed, draw, folder)
+    text = load_text(config.get("text"))
     held_out = draw_windows(
-        np.random.default_rng(0),
-        load_text(config.get("text"))["validation"],
-        VALIDATION_SEQUENCES,
-        config["length"],
+        np.random.default_rng(0), text["validation"], VALIDATION_SEQUENCES, config["length"]
     )
     record: dict[str, Any] = {
         "parameters": model.count_params(),
@@ -117,10 +130,14 @@ def run_one(
         },
         "loss_by_position": {},
     }
-    for factor in THETA_FACTORS:
-        longer = make_model(config, config["arms"][arm]["normalizer"], factor)
-        compile_model(config, longer, rate)
-        carry_over(model, longer)
+    if "copies" in config:
+        record["copies"] = measure_copies(config, losses, model, text["test"])
+    for factor in config.get("theta_factors", THETA_FACTORS):
+        longer = model
+        if factor != 1:
+            longer = make_model(config, options["normalizer"], factor)
+            compile_model(config, longer, rate)
+            carry_over(model, longer)
         record["loss_by_position"][str(factor)] = loss_by_position(config, longer)
     return record
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from runs import run_name
 
-from keras_ssattn.models import CausalLM
+from keras_ssattn.models import CausalLM, layer_pattern
 
 Draw = Callable[[np.random.Generator], tuple]  # a batch: tokens, targets, weights of targets
 
@@ -28,12 +28,18 @@ class Batches(keras.utils.PyDataset):
 
 
 def make_model(config: dict[str, Any], normalizer: Any, theta_factor: float = 1.0) -> CausalLM:
-    """A model of the configured size; its rotary theta multiplied by a factor."""
-    options = dict(config["model"])
-    rotary = keras.saving.deserialize_keras_object(options.pop("rotary"))
+    """A model of the configured size; its rotary theta multiplied by a factor.
+
+    With `pattern`, the options of `layer_pattern`, the normalizer is that of the global layers.
+    """
+    rotary = keras.saving.deserialize_keras_object(config["model"]["rotary"])
     if theta_factor != 1.0:
         rotary.theta *= theta_factor
-    return CausalLM(**options, rotary=rotary, normalizer=normalizer, name="model")
+    options = {**config["model"], "rotary": rotary, "normalizer": normalizer}
+    if "pattern" in config:
+        shared = {x: options[x] for x in ("num_layers", "rotary", "normalizer")}
+        options |= layer_pattern(**config["pattern"], **shared)
+    return CausalLM(**options, name="model")
 
 
 def compile_model(config: dict[str, Any], model: CausalLM, learning_rate: float) -> None:

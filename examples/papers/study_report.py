@@ -1,0 +1,158 @@
+"""The tables and figures of the study of when length scales help, from the stored runs alone.
+
+    python examples/papers/study_report.py
+
+Writes the figures to `results`. The documentation includes the tables. Each cell has the mean and
+the range over the seeds, at the learning rate with the lowest validation loss with the first seed.
+"""
+
+import argparse
+import pathlib
+from typing import Any
+
+import numpy as np
+import report
+from report import Arms, load, plt, spread, table
+from runs import read_runs
+
+RESULTS = report.HERE / "results"
+SHOWN = {
+    "softmax": "softmax",
+    "ssmax, s from 1/mean(log n)": "SSMax, s from 1/mean(log n)",
+    "ssmax, s from 1": "SSMax, s from 1",
+    "ssmax, s from 0.43": "SSMax, s from 0.43",
+    "ssmax, s from 0.2": "SSMax, s from 0.2",
+}
+
+
+def conditions(results: pathlib.Path) -> dict[str, Arms]:
+    """The chosen runs by condition and arm, of the arms that have every seed of softmax's."""
+    names = dict.fromkeys(run.get("condition", "") for run in read_runs(results))
+    found = {name: load(results, name) for name in names}
+    return {
+        name: {arm: runs for arm, runs in arms.items() if len(runs) >= len(arms[next(iter(arms))])}
+        for name, arms in found.items()
+    }
+
+
+def at(runs: list[dict[str, Any]], length: str, measure: str) -> list[float]:
+    """A measure at a length by seed; of several heads, of the one with the largest weight."""
+    found = []
+    for run in runs:
+        values = run["by_length"][length]
+        head = int(np.argmax(values["weight"]))
+        found.append(np.atleast_1d(values[measure])[head if np.ndim(values[measure]) else 0])
+    return [float(x) for x in found]
+
+
+# --- Margins ---------------------------------------------------------------------------------
+
+
+def margins(folder: pathlib.Path = RESULTS) -> str:
+    """Accuracy among the most items, and why: margins and weights of softmax."""
+    rows = []
+    for name, arms in conditions(folder / "margins.jsonl").items():
+        softmax = arms["softmax"]
+        first, *_, last = softmax[0]["by_length"]
+        rows.append(
+            [
+                name,
+                spread(at(softmax, first, "accuracy")),
+                *(spread(at(arms[x], last, "accuracy")) if x in arms else "" for x in SHOWN),
+                " to ".join(f"{np.mean(at(softmax, x, 'margin')):.1f}" for x in (first, last)),
+            ]
+        )
+    header = ["", f"softmax, {first} items", *(f"{x}, {last} items" for x in SHOWN.values())]
+    return table([*header, f"margin of softmax, {first} to {last} items"], rows)
+
+
+def draw_margins(folder: pathlib.Path = RESULTS) -> None:
+    """Accuracy by the number of items, for each condition."""
+    found = conditions(folder / "margins.jsonl")
+    figure, axes = plt.subplots(
+        -(-len(found) // 4), 4, figsize=(10, 2.4 * -(-len(found) // 4)), sharex=True, squeeze=False
+    )
+    for axis, (name, arms) in zip(axes.flat, found.items(), strict=False):
+        for i, arm in enumerate(SHOWN):
+            if arm in arms:
+                band(axis, arms[arm], "by_length", "accuracy", f"C{i}", SHOWN[arm])
+        possible = [x.get("possible") for x in arms["softmax"][0]["by_length"].values()]
+        if possible[0] is not None:
+            lengths = [int(x) for x in arms["softmax"][0]["by_length"]]
+            axis.plot(lengths, possible, color="gray", linestyle=":", label="best possible")
+        axis.set_title(name, fontsize=8)
+        axis.set(xscale="log")
+        axis.set_xticks([64, 256, 1024], ["64", "256", "1024"])
+        axis.minorticks_off()
+    for axis in list(axes.flat)[len(found) :]:
+        axis.set_axis_off()
+    labels = {k: v for x in axes.flat for v, k in zip(*x.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="lower right", fontsize=8)
+    figure.supylabel("accuracy", fontsize=9)
+    figure.supxlabel("items", fontsize=9)
+    report.save(figure, folder / "margins.png")
+
+
+def band(
+    axis: Any, runs: list[dict[str, Any]], by: str, measure: str, color: str, label: str
+) -> None:
+    """A line of the mean and a band of the range over the seeds."""
+    lengths = [int(x) for x in runs[0][by]]
+    values = [[run[by][x][measure] for x in runs[0][by]] for run in runs]
+    axis.plot(lengths, np.mean(values, 0), marker=".", markersize=3, color=color, label=label)
+    axis.fill_between(lengths, np.min(values, 0), np.max(values, 0), color=color, alpha=0.15)
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+FITTED = ("nearest neighbors", "logistic regression")
+
+
+def tables(folder: pathlib.Path = RESULTS, measure: str = "loss") -> str:
+    """Log-loss with 64 and with all rows, beside models that are fitted on the same rows."""
+    found = conditions(folder / "tables.jsonl")
+    arms = found["in context"]
+    header = ["", "rows", *arms, *FITTED]
+    rows = []
+    for name in arms["softmax"][0]["by_table"]:
+        counts = list(arms["softmax"][0]["by_table"][name])
+        for count in dict.fromkeys(("64", counts[-1])):
+            cells = [
+                spread([run["by_table"][name][count][measure] for run in runs])
+                for runs in arms.values()
+            ]
+            fitted = [found["fitted"][x][0]["by_table"][name][count][measure] for x in FITTED]
+            rows.append([name, count, *cells, *(f"{x:.2f}" for x in fitted)])
+    return table(header, rows)
+
+
+def draw_tables(folder: pathlib.Path = RESULTS) -> None:
+    """Log-loss by the number of rows, for each table."""
+    found = conditions(folder / "tables.jsonl")
+    arms = found["in context"]
+    names = list(arms["softmax"][0]["by_table"])
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(10, 4.8), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for i, (arm, runs) in enumerate(arms.items()):
+            of_table = [run["by_table"] for run in runs]
+            band(axis, of_table, name, "loss", f"C{i}", arm)
+        for fitted, style in zip(FITTED, (":", "--"), strict=True):
+            losses = found["fitted"][fitted][0]["by_table"][name]
+            lengths = [int(x) for x in losses]
+            axis.plot(lengths, [x["loss"] for x in losses.values()], color="gray", linestyle=style,
+                      label=fitted)  # fmt: skip
+        axis.set_title(name, fontsize=8)
+        axis.set(xscale="log")
+    labels = {k: v for x in axes.flat for v, k in zip(*x.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside right", fontsize=7)
+    figure.supxlabel("rows in context", fontsize=9)
+    figure.supylabel("log-loss", fontsize=9)
+    report.save(figure, folder / "tables.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    folder = parser.parse_args().results
+    draw_margins(folder)
+    draw_tables(folder)
