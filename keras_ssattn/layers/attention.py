@@ -110,8 +110,9 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         norm_epsilon: of these normalizations. Defaults to 1e-6.
         implementation: `"auto"`, `"dense"`, `"tiled"` or `"fused"`, as in
             `keras_ssattn.ops.attention`. Take `"dense"` to differentiate twice.
-        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-        activity_regularizer, kernel_constraint, bias_constraint: of the projections.
+        kernel_initializer, bias_initializer: of the projections.
+        kernel_regularizer, bias_regularizer, activity_regularizer: likewise.
+        kernel_constraint, bias_constraint: likewise.
         seed: integer, of the dropout.
         **kwargs: of `keras.layers.Layer`.
 

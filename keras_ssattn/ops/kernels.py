@@ -3,12 +3,14 @@ r"""Kernels: the one definition of each normalizer, for whole rows and for tiles
 A normalizer turns logits x into weights :math:`w_j = f(x_j) / Z` with
 :math:`Z = c + \sum_k g(x_k)`:
 
-| kernel              | f(x)               | g(x)            | c       |
-|---------------------|--------------------|-----------------|---------|
-| `Softmax`           | exp(x)             | exp(x)          | 0       |
-| `SinkSoftmax`       | exp(x)             | exp(x)          | exp(s)  |
-| `Softpick`          | x                  | abs(x)          | 1       |
-| `RectifiedSoftpick` | max(exp(x) - 1, 0) | abs(exp(x) - 1) | epsilon |
+===================== ================== =============== =======
+kernel                f(x)               g(x)            c
+===================== ================== =============== =======
+`Softmax`             exp(x)             exp(x)          0
+`SinkSoftmax`         exp(x)             exp(x)          exp(s)
+`Softpick`            x                  abs(x)          1
+`RectifiedSoftpick`   max(exp(x) - 1, 0) abs(exp(x) - 1) epsilon
+===================== ================== =============== =======
 
 f, g and c may all be multiplied by :math:`e^{-m}`, which cancels, where m is a maximum over the
 entries seen so far. Attention is :math:`o_i = \sum_j f(x_{ij}) v_j / Z_i`. With
@@ -40,7 +42,7 @@ from keras_ssattn.ops import in_place
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """|x| with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
+    """`|x|` with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
     return x * ops.sign(x)
 
 
@@ -167,7 +169,7 @@ class SinkSoftmax(Softmax):
 
 
 class Softpick(Kernel):
-    """f = x, g = |x|, c = 1, all times 2^-24, so that sums of the largest logits do not overflow.
+    """`f = x, g = |x|, c = 1`, all times 2^-24, so that sums of the largest logits do not overflow.
 
     f is linear, so over tiles that are seen whole the numerator needs no logits:
     sum_j (q . k_j) v_j = q . sum_j (k_j v_j^T).
@@ -191,7 +193,7 @@ class Softpick(Kernel):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RectifiedSoftpick(Kernel):
-    """f = max(d, 0), g = |d|, c = epsilon e^-m with d = (e^x - 1) e^-m and m >= 0.
+    """`f = max(d, 0), g = |d|, c = epsilon e^-m` with d = (e^x - 1) e^-m and m >= 0.
 
     m stays 0, and d = expm1(x) exact near 0, as long as no logit passes the headroom.
 

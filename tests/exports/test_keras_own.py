@@ -13,7 +13,10 @@ def causal_attention(x):
 
 
 FAULTS = {
-    "tensorflow": [("onnx", lambda: keras.layers.Dense(8, activation="gelu"), "Erfc")],
+    "tensorflow": [
+        ("onnx", lambda: keras.layers.Dense(8, activation="gelu"), "Erfc"),
+        ("litert", lambda: causal_attention, "Select TensorFlow op"),
+    ],
     "torch": [
         ("onnx", keras.layers.LayerNormalization, "Failed to export a node"),
         ("onnx", keras.layers.RMSNormalization, "rms_norm"),
@@ -28,4 +31,4 @@ def test_keras_layer_fails(form, layer, message, tmp_path):
     model = keras.Model(inputs, layer()(inputs))
     model(np.ones((1, 2, 8), "float32"))
     with pytest.raises(Exception, match=message):
-        export(model, tmp_path, form, ["x"])
+        export(model, tmp_path, form, ["x"])(np.ones((1, 3, 8), "float32"))

@@ -22,20 +22,26 @@ def failing_examples(module):
         globs = dict(vars(module))
         for example in test.examples:
             try:
-                shown = None if example.want else _comment(example.source)
                 if example.want:
                     actual = eval(example.source, globs)
                     wanted = eval(example.want, {})
                     actual = tuple(actual) if isinstance(wanted, tuple) else actual
                     if actual != wanted:
                         failures.append((test.name, example.source, actual, wanted))
-                elif shown is not None:
-                    _assert_shown(eval(example.source, globs), shown)
                 else:
-                    exec(example.source, globs)
+                    run_statement(example.source, globs)
             except Exception as error:
                 failures.append((test.name, example.source, error))
     return failures
+
+
+def run_statement(source, globs):
+    """Runs a statement; what an expression gives is compared with the value in its comment."""
+    shown = _comment(source)
+    if shown is None:
+        exec(source, globs)
+    else:
+        _assert_shown(eval(source, globs), shown)
 
 
 def _comment(source):
@@ -51,7 +57,9 @@ def _comment(source):
 
 
 def _assert_shown(actual, shown):
-    wanted = np.asarray(ast.literal_eval(shown))
+    wanted = ast.literal_eval(shown)
+    actual = tuple(actual) if isinstance(wanted, tuple) else actual  # TensorFlow's shapes
+    wanted = np.asarray(wanted)
     actual = np.asarray(actual if isinstance(actual, (list, tuple, bool)) else to_numpy(actual))
     assert actual.shape == wanted.shape, (actual, shown)
     if wanted.dtype.kind != "f":

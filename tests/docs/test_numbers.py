@@ -1,0 +1,180 @@
+"""Numbers on the pages are those of the result files."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from support.pages import DOCS, PAGES
+
+pytest.importorskip("matplotlib", reason="the reports of the examples make plots, too")
+
+import result_tables
+import study_report
+from result_tables import BACKENDS, EXAMPLES, report, result
+
+from keras_ssattn.checkpoints.families import FAMILIES
+from keras_ssattn.models import CausalLM
+
+
+def assert_on(page, text):
+    """Whatever its line breaks."""
+    assert " ".join(text.split()) in " ".join((DOCS / f"{page}.md").read_text().split())
+
+
+def test_every_table_is_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    included = re.findall(r"```\{include\} _generated/(.*)\.md", text)
+    assert sorted(included) == sorted(result_tables.TABLES)
+
+
+@pytest.mark.parametrize("name", result_tables.TABLES)
+def test_tables_have_equally_many_cells_in_each_row(name):
+    for part in result_tables.TABLES[name]().split("\n\n"):
+        header, *rows = part.splitlines()
+        assert len(rows) >= 2
+        assert {row.count("|") for row in rows} == {header.count("|")}
+
+
+# The README
+
+
+def assert_in_readme(text):
+    assert " ".join(text.split()) in " ".join((DOCS.parent / "README.md").read_text().split())
+
+
+def test_speed_in_the_readme():
+    assert_in_readme(result_tables.speed())
+
+
+def test_main_job_in_the_readme():
+    look_up = result("results/quickstart.json")["look_up"]
+    last = max(look_up["models"]["ssmax"], key=int)
+    softmax, ssmax = (f"{look_up['models'][x][last]['accuracy']:.2f}" for x in ("softmax", "ssmax"))
+    assert_in_readme(
+        f"learned to look one item up among {look_up['train_length']} (left). Among {last} items "
+        f"softmax is right on {softmax} of the questions, and SSMax on {ssmax}."
+    )
+
+
+# The main job
+
+
+def test_what_is_said_of_the_quickstart():
+    found = result("results/quickstart.json")
+    models, baselines = found["accuracies"], found["baselines"].values()
+    means = [np.mean(x) for x in models.values()]
+    assert sum(x < min(means) for x in baselines) >= 3
+    assert sum(x > max(means) for x in baselines) == 1
+    ends = [(min(x), max(x)) for x in models.values()]
+    assert all(a[1] >= b[0] for a, b in itertools.permutations(ends, 2))  # the ranges meet
+    utterances = found["utterances"]
+    assert_on(
+        "experiments", f"{utterances['train']} to train on and {utterances['test']} to test on"
+    )
+
+
+# Retrieval
+
+
+def accuracy(arm, length):
+    runs = report.load(EXAMPLES / "papers" / "results" / "retrieval.jsonl")[arm]
+    return f"{np.mean([run['by_length'][str(length)]['accuracy'] for run in runs]):.2f}"
+
+
+def test_retrieval():
+    softmax, ssmax = ([accuracy(x, n) for n in (512, 2048)] for x in ("softmax", "ssmax"))
+    assert_on(
+        "when_it_helps",
+        f"Softmax is right on {softmax[0]} of the questions among 512 items and on {softmax[1]} "
+        f"among 2048. SSMax is right on {ssmax[0]} and {ssmax[1]}",
+    )
+    plain, scaled = (accuracy(f"rectified_softpick{x}", 2048) for x in ("", ", s log n"))
+    assert_on(
+        "when_it_helps",
+        f"fades like softmax ({plain} among 2048); with a length scale of s log n it does not "
+        f"({scaled}). Signed softpick hardly learns the task ({accuracy('softpick', 64)} "
+        "among 64)",
+    )
+    arm = "ssmax, s from 1/mean(log n)"
+    assert {accuracy(arm, 64 * 2**i) for i in range(6)} == {"1.00"}
+    assert_on("when_it_helps", f"at the training length ({accuracy('ssmax', 64)} against 1.00)")
+
+
+def test_starts_of_s():
+    found = study_report.conditions(study_report.RESULTS / "margins.jsonl").values()
+    starts = [x for x in study_report.SHOWN if x != "softmax"]
+    complete = [arms for arms in found if {*starts} <= {*arms}]
+    assert len(complete) >= 6
+    spreads = []
+    for arms in complete:
+        last = max(arms["softmax"][0]["by_length"], key=int)
+        spreads.append(
+            np.ptp([np.mean(study_report.at(arms[x], last, "accuracy")) for x in starts])
+        )
+    limit = math.ceil(100 * max(spreads)) / 100
+    assert_on("when_it_helps", f"came within {limit:.2f} of each other")
+
+
+# A released architecture
+
+
+def test_released_model_on_every_backend():
+    found = result("results/checkpoints.json")["checks"]
+    assert found.keys() == {*BACKENDS, "transformers"}
+    assert all(x["tokens_equal"] for x in found.values())
+    logits = max(x["logits"] for x in found.values())
+    assert_on("experiments", f"logits agree within {logits:.0e} of their deviation")
+
+
+def test_length_scales_are_alike_after_training():
+    runs = result("results/checkpoints.json")["runs"]
+    settings = result("results/checkpoints.json")["settings"]
+    ends = [n * settings["train_length"] // settings["bin_size"] for n in (0, 1, 2, 4)]
+    parts = [slice(*x) for x in itertools.pairwise(ends)]
+    tuned = np.array(
+        [[[np.mean(x["tuned"][part]) for part in parts] for x in run["losses"].values()]
+         for run in runs]
+    )  # fmt: skip
+    scales, seeds = np.ptp(tuned, axis=1).max(), np.ptp(tuned, axis=0).max()
+    assert_on(
+        "experiments", f"they differ by {scales:.3f} nats at most, and the seeds by {seeds:.2f}"
+    )
+
+
+# Memory of devices
+
+
+def test_sizes_are_those_of_a_model():
+    options = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "key_dim": 6, "qk_norm": True}
+    small = {
+        "vocab_size": 20, "hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+    }  # fmt: skip
+    model = CausalLM(
+        20, 12, normalizer="softmax", ffn_expansion=1.5, tie_embeddings=False, **options
+    )
+    expected = {w.path.removeprefix(f"{model.name}/"): math.prod(w.shape) for w in model.weights}
+    assert result_tables.sizes(FAMILIES["qwen3"].read(small)) == expected
+
+
+def test_memory_of_devices():
+    """Of weights in bfloat16."""
+    fields = result_tables.DEVSTRAL
+    model = FAMILIES["ministral3"].read(fields)
+    sizes = result_tables.sizes(model)
+    assert_on("devices", f"of {1e-9 * sum(sizes.values()):.1f} billion parameters in bfloat16")
+    with pytest.raises(ValueError, match="block_1/attention/key/kernel cannot be split over 16"):
+        result_tables.sizes(model, 16)  # of 8 key heads
+    rows, columns = fields["vocab_size"], fields["hidden_size"]
+    assert_on("devices", f"{rows} x {columns}, of {2e-9 * rows * columns:.2f} GB")
+    layers, heads, size = (
+        fields[x] for x in ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    )
+    position = 2 * layers * heads * size * 2
+    assert_on(
+        "devices",
+        f"take 2 x {layers} layers x {heads} heads x {size} x 2 bytes, {1e-3 * position:.0f} kB; "
+        f"of 32768 positions, {1e-9 * 32768 * position:.1f} GB",
+    )
