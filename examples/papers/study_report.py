@@ -69,38 +69,48 @@ def margins(folder: pathlib.Path = RESULTS) -> str:
 def draw_margins(folder: pathlib.Path = RESULTS) -> None:
     """Accuracy by the number of items, for each condition."""
     found = conditions(folder / "margins.jsonl")
-    figure, axes = plt.subplots(
-        -(-len(found) // 4), 4, figsize=(10, 2.4 * -(-len(found) // 4)), sharex=True, squeeze=False
-    )
-    for axis, (name, arms) in zip(axes.flat, found.items(), strict=False):
+    figure, axes = grid(list(found))
+    for axis, arms in zip(axes, found.values(), strict=False):
         for i, arm in enumerate(SHOWN):
             if arm in arms:
-                band(axis, arms[arm], "by_length", "accuracy", f"C{i}", SHOWN[arm])
-        possible = [x.get("possible") for x in arms["softmax"][0]["by_length"].values()]
-        if possible[0] is not None:
-            lengths = [int(x) for x in arms["softmax"][0]["by_length"]]
-            axis.plot(lengths, possible, color="gray", linestyle=":", label="best possible")
-        axis.set_title(name, fontsize=8)
+                band(axis, [run["by_length"] for run in arms[arm]], "accuracy", f"C{i}", SHOWN[arm])
+        first = arms["softmax"][0]["by_length"]
+        if "possible" in first["64"]:
+            values = [x["possible"] for x in first.values()]
+            axis.plot([int(x) for x in first], values, ":", color="gray", label="best possible")
+    finish(figure, axes, "items", "right answers", folder / "margins.png")
+
+
+def grid(names: list[str]) -> tuple[Any, list[Any]]:
+    """A figure with a place for each name, and one more for the legend."""
+    rows = -(-(len(names) + 1) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.4 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        axis.set_title(name, fontsize=9)
         axis.set(xscale="log")
-        axis.set_xticks([64, 256, 1024], ["64", "256", "1024"])
+        axis.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1024"])
         axis.minorticks_off()
-    for axis in list(axes.flat)[len(found) :]:
+    for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
-    labels = {k: v for x in axes.flat for v, k in zip(*x.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels.keys(), loc="lower right", fontsize=8)
-    figure.supylabel("accuracy", fontsize=9)
-    figure.supxlabel("items", fontsize=9)
-    report.save(figure, folder / "margins.png")
+    return figure, list(axes.flat)
 
 
-def band(
-    axis: Any, runs: list[dict[str, Any]], by: str, measure: str, color: str, label: str
-) -> None:
-    """A line of the mean and a band of the range over the seeds."""
-    lengths = [int(x) for x in runs[0][by]]
-    values = [[run[by][x][measure] for x in runs[0][by]] for run in runs]
+def finish(figure: Any, axes: list[Any], x: str, y: str, path: pathlib.Path) -> None:
+    """Labels, the legend in the last place, and the file."""
+    labels = {k: v for a in axes for v, k in zip(*a.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(labels.values(), labels.keys(), loc="center", fontsize=9, frameon=False)
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    report.save(figure, path)
+
+
+def band(axis: Any, runs: list[dict[str, Any]], measure: str, color: str, label: str) -> None:
+    """A line of the mean and a band of the range over the seeds, by length."""
+    lengths = [int(x) for x in runs[0]]
+    values = [[x[measure] for x in run.values()] for run in runs]
     axis.plot(lengths, np.mean(values, 0), marker=".", markersize=3, color=color, label=label)
     axis.fill_between(lengths, np.min(values, 0), np.max(values, 0), color=color, alpha=0.15)
+    axis.set_xlim(0.9 * lengths[0], 1.1 * lengths[-1])
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -131,23 +141,15 @@ def draw_tables(folder: pathlib.Path = RESULTS) -> None:
     found = conditions(folder / "tables.jsonl")
     arms = found["in context"]
     names = list(arms["softmax"][0]["by_table"])
-    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(10, 4.8), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=False):
+    figure, axes = grid(names)
+    for axis, name in zip(axes, names, strict=False):
         for i, (arm, runs) in enumerate(arms.items()):
-            of_table = [run["by_table"] for run in runs]
-            band(axis, of_table, name, "loss", f"C{i}", arm)
+            band(axis, [run["by_table"][name] for run in runs], "loss", f"C{i}", arm)
         for fitted, style in zip(FITTED, (":", "--"), strict=True):
             losses = found["fitted"][fitted][0]["by_table"][name]
-            lengths = [int(x) for x in losses]
-            axis.plot(lengths, [x["loss"] for x in losses.values()], color="gray", linestyle=style,
-                      label=fitted)  # fmt: skip
-        axis.set_title(name, fontsize=8)
-        axis.set(xscale="log")
-    labels = {k: v for x in axes.flat for v, k in zip(*x.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels.keys(), loc="outside right", fontsize=7)
-    figure.supxlabel("rows in context", fontsize=9)
-    figure.supylabel("log-loss", fontsize=9)
-    report.save(figure, folder / "tables.png")
+            values = [x["loss"] for x in losses.values()]
+            axis.plot([int(x) for x in losses], values, style, color="gray", label=fitted)
+    finish(figure, axes, "rows in context", "log-loss", folder / "tables.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The parts of the study on margins and sinks: their tasks, and each script at a small size."""
 
+import json
 import math
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 import report
 import runs
 import sinks
+import study_report
 import training
 from keras import ops
 
@@ -199,3 +201,18 @@ def test_measures_of_a_sink():
     norms = np.linalg.norm(ops.convert_to_numpy(attention.value_dense(x)), axis=-1)
     expected = norms[:, 0].mean(0) / norms[:, 1:].mean((0, 1))
     np.testing.assert_allclose(found["value_norm_of_first"][0], expected, rtol=1e-5)
+
+
+def test_tables_and_figures_are_made_of_the_stored_runs(tmp_path):
+    """An arm that has not run with every seed is left out."""
+    for name in ("margins", "tables"):
+        stored = runs.read_runs(study_report.RESULTS / f"{name}.jsonl")
+        last = [x for x in stored if x["arm"] == "ssmax" and x["seed"] == 2]
+        kept = [x for x in stored if x not in last]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
+    assert "| ssmax |" not in study_report.tables(tmp_path)
+    assert "| ssmax |" in study_report.tables()
+    assert study_report.margins(tmp_path) == study_report.margins()
+    study_report.draw_margins(tmp_path)
+    study_report.draw_tables(tmp_path)
+    assert {x.name for x in tmp_path.glob("*.png")} == {"margins.png", "tables.png"}
