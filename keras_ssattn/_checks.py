@@ -52,6 +52,13 @@ def check_rate(name: str, value: object) -> float:
     return check_number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Returns True or False, also given as NumPy's or as 1 or 0, or raises."""
+    if not isinstance(value, numbers.Integral | np.bool_) or value not in (0, 1):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return bool(value)
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises unless `value` is one of the strings, or of those of a `Literal` type."""
     choices = get_args(choices) or tuple(choices)

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import keras
 from keras import ops
 
-from keras_ssattn._checks import check_choice, check_heads, check_integer, check_rate
+from keras_ssattn._checks import check_choice, check_flag, check_heads, check_integer, check_rate
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
@@ -236,9 +236,9 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
         self.attention_axes = check_axes(attention_axes)
         self.sliding_window = sliding_window
         self.flash_attention = flash_attention
-        self.use_gate = bool(use_gate)
+        self.use_gate = check_flag("use_gate", use_gate)
         self.rotary: Layer = rotary and rotary.make(dtype=policy_for(self, "rotary"))
-        self.qk_norm = qk_norm
+        self.qk_norm = check_flag("qk_norm", qk_norm)
         self.norm_epsilon = check_epsilon(norm_epsilon)
         self.implementation = implementation
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

@@ -37,8 +37,14 @@ def check_window(window: int | None) -> int | None:
 
 def specify_rotary(rotary: Identifier) -> Specification | None:
     """The specification of the rotary positions of a layer, which may be `"default"`."""
-    is_default = isinstance(rotary, str) and rotary == "default"
-    return specify(RotaryEmbedding() if is_default else rotary)
+    if isinstance(rotary, str | bool):
+        if rotary != "default":
+            raise ValueError(
+                '`rotary` must be "default", a `RotaryEmbedding` layer, its serialized config, or '
+                f"None. Received: rotary={rotary!r}"
+            )
+        rotary = RotaryEmbedding()
+    return specify(rotary)
 
 
 def serialize_rotaries(

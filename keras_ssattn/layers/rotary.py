@@ -184,7 +184,7 @@ def specify(rotary: Identifier) -> Specification | None:
         return rotary
     if not isinstance(rotary, RotaryEmbedding):
         raise ValueError(
-            "`rotary` must be a `RotaryEmbedding` layer, its config, or None. Received: "
+            "`rotary` must be a `RotaryEmbedding` layer, its serialized config, or None. Received: "
             f"rotary={rotary!r}"
         )
     specification = Specification.of(rotary)

@@ -7,7 +7,14 @@ from typing import ClassVar
 
 import keras
 
-from keras_ssattn._checks import check_choice, check_heads, check_integer, check_number, check_rate
+from keras_ssattn._checks import (
+    check_choice,
+    check_flag,
+    check_heads,
+    check_integer,
+    check_number,
+    check_rate,
+)
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.observing import observer
@@ -146,12 +153,12 @@ class TransformerBlock(PacksSegments, keras.layers.Layer):
         self.key_dim = key_dim
         self.num_kv_heads = num_kv_heads
         self._normalizer: Specification = normalizer
-        self.causal = causal
-        self.cross_attention = cross_attention
+        self.causal = check_flag("causal", causal)
+        self.cross_attention = check_flag("cross_attention", cross_attention)
         self.sliding_window = sliding_window
         self._rotary: Specification | None = rotary
-        self.qk_norm = qk_norm
-        self.use_gate = bool(use_gate)
+        self.qk_norm = check_flag("qk_norm", qk_norm)
+        self.use_gate = check_flag("use_gate", use_gate)
         self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = ffn_expansion

@@ -13,6 +13,7 @@ from keras import ops
 from keras_ssattn._checks import (
     check_choice,
     check_divides,
+    check_flag,
     check_heads,
     check_integer,
     check_mask,
@@ -181,8 +182,8 @@ class CausalLM(PacksSegments, keras.Model):
         )
         self._rotaries = for_each_layer("rotary", rotary, num_layers, specify_rotary)
         self._windows = for_each_layer("sliding_window", sliding_window, num_layers, check_window)
-        self.qk_norm = bool(qk_norm)
-        self.use_gate = bool(use_gate)
+        self.qk_norm = check_flag("qk_norm", qk_norm)
+        self.use_gate = check_flag("use_gate", use_gate)
         self.implementation = implementation
         self.ffn_type = ffn_type
         self.ffn_expansion = check_expansion(ffn_expansion)
@@ -194,9 +195,9 @@ class CausalLM(PacksSegments, keras.Model):
             "embedding_scale", embedding_scale, "a positive number", lambda x: 0 < x < math.inf
         )
         self.dropout = float(dropout)
-        self.tie_embeddings = bool(tie_embeddings)
+        self.tie_embeddings = check_flag("tie_embeddings", tie_embeddings)
         self.padding_id = padding_id
-        self.remat = bool(remat)
+        self.remat = check_flag("remat", remat)
         self.huggingface_config = huggingface_config
         self.generators = CompiledFunctions()
         self.build((None, None))

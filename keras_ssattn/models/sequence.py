@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_ssattn._checks import check_choice, check_divides, check_integer, check_rate
+from keras_ssattn._checks import check_choice, check_divides, check_flag, check_integer, check_rate
 from keras_ssattn._keras.exporting import exporting_to
 from keras_ssattn._typing import (
     ArrayLike,
@@ -110,12 +110,14 @@ def build(
             before the answer, as in classification.
         rotary: positions: `"default"`, a `RotaryEmbedding` layer, its config, or `None` for none.
         num_kv_heads: number of key and value heads. Defaults to `num_heads`.
-        sliding_window: of attention, as in `MultiHeadAttention`.
-        qk_norm: likewise.
-        use_gate: likewise.
+        sliding_window: how many steps a step sees, itself and those before it; with
+            `causal=False` as many after it, too. `None` for all.
+        qk_norm: whether to normalize each query and key by its root mean square.
+        use_gate: whether to multiply each head's output by a learned gate between 0 and 1.
         ffn_type: `"standard"` or `"gated"`.
         activation: of the feed-forward networks. Defaults to GELU; gated, to SiLU.
-        norm: of the blocks: `"layer_norm"`, `"rms_norm"` or `"offset_rms_norm"`.
+        norm: of the blocks: `"layer_norm"`, `"rms_norm"` or `"offset_rms_norm"`. The final one is
+            a layer normalization.
         implementation: of attention: `"auto"`, `"dense"`, `"tiled"` or `"fused"`.
         name: of the model. Defaults to the normalizer's name with `_transformer`.
 
@@ -154,6 +156,7 @@ def build(
     window_size = check_integer("window_size", window_size, optional=True)
     check_rate("dropout", dropout)
     check_choice("output_mode", output_mode, OutputMode)
+    final_norm = check_flag("final_norm", final_norm)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
     normalizer, rotary = normalizers.get_for_attention(normalizer), specify_rotary(rotary)
     prefix = normalizers.name_of(normalizer)

@@ -10,6 +10,8 @@ from keras_ssattn._checks import check_floating, check_integer, check_number
 from keras_ssattn._tensors import cast, dtype_of, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Number, Tensor
 
+LARGEST_EXPONENT = 88.0  # e^88 is finite in float32
+
 
 def log_length_scale(n: ArrayLike, s: ArrayLike = 1.0, b: ArrayLike = 0.0) -> Number | Tensor:
     r"""SSMax's length scale, :math:`a = s \log n + b`.
@@ -174,7 +176,13 @@ def adaptive_log_scale(
     tensors = [x for x in (n, *parameters) if not isinstance(x, numbers.Real)]
     if not tensors:
         b, g, d = parameters
-        return d + b * math.log(n + 1) ** g
+        exponent = g * math.log(math.log(n + 1))
+        if exponent > LARGEST_EXPONENT:
+            raise ValueError(
+                "`gamma` must leave (log(n + 1))^gamma finite in float32. Received: "
+                f"gamma={gamma!r} with n={n!r}"
+            )
+        return d + b * math.exp(exponent)
     dtype = "float64" if "float64" in map(dtype_of, tensors) else "float32"
     b, g, d = (ops.cast(x, dtype) for x in parameters)
     log_n = ops.log1p(ops.maximum(ops.cast(n, dtype), 1.0))
@@ -186,6 +194,8 @@ def _check_count(n: ArrayLike) -> Tensor:
     if isinstance(n, numbers.Real):
         check_number("n", n, "a number of keys, 1 or more", lambda x: 1 <= x < math.inf)
         return n
+    if n is None or isinstance(n, str):
+        raise TypeError(f"`n` must be a number or a tensor. Received: n={n!r}")
     n = to_tensor(n)
     if dtype_of(n) == "bool":
         raise TypeError("`n` must be a number of keys, not a mask. Received: n with dtype bool")
@@ -196,6 +206,8 @@ def _parameter(name: str, value: ArrayLike) -> Number | Tensor:
     """A finite number as a float, anything else as a tensor of float32 or wider."""
     if isinstance(value, numbers.Real):
         return check_number(name, value)
+    if value is None or isinstance(value, str):
+        raise TypeError(f"`{name}` must be a number or a tensor. Received: {name}={value!r}")
     value = to_tensor(value)
     check_floating(name, value)
     return widen(value)

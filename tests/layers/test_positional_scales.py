@@ -121,7 +121,10 @@ ERRORS = [
     (lambda: layers.PositionTemperature(first_position=2), "`first_position` must be 0 or 1.*=2"),
     (lambda: layers.QwenLogScale(1), "`train_length` must be an integer of 2 or more.*=1"),
     (lambda: layers.QwenLogScale(True), "`train_length` must be an integer of 2 or more.*=True"),
-    (lambda: layers.AdaptiveLogScale("a"), "`delta` must be a finite number.*'a'"),
+    (lambda: layers.AdaptiveLogScale("a"), "`delta` must be a finite number of float32.*'a'"),
+    (lambda: layers.AdaptiveLogScale(1e39), r"`delta` must be a finite number of float32.*1e\+39"),
+    (lambda: ops.adaptive_log_scale(5, 1, 1e6), r"`gamma` must leave.*gamma=1000000.0 with n=5"),
+    (lambda: ops.adaptive_log_scale(1, 1, -1e6), r"`gamma` must leave.*gamma=-1000000.0 with n=1"),
     (
         lambda: layers.AdaptiveLogScale()(np.ones((3,), "int32")),
         "`AdaptiveLogScale` needs the query",
@@ -165,6 +168,19 @@ def test_errors(call, match):
         lambda n: ops.adaptive_log_scale(n, 1, 1),
     ],
 )
+def test_what_is_no_number_is_refused(function):
+    for bad in (None, "a"):
+        with pytest.raises(TypeError, match=f"`n` must be a number or a tensor.*n={bad!r}"):
+            function(bad)
+
+
+@pytest.mark.parametrize("given", [(1, None, 1), (1, 1, "a")], ids=str)
+def test_parameter_that_is_no_number_is_refused(given):
+    with pytest.raises(TypeError, match="`(beta|gamma)` must be a number or a tensor"):
+        ops.adaptive_log_scale(*given)
+
+
+@pytest.mark.parametrize("function", [ops.position_temperature, lambda n: ops.qwen_log_scale(n, 8)])
 def test_mask_for_n_is_refused(function):
     with pytest.raises(TypeError, match="`n` must be a number of keys, not a mask"):
         function(np.array([True]))

@@ -9,6 +9,8 @@ from keras_ssattn._typing import Config, Shape, Tensor
 from keras_ssattn.layers.length_scales.of_query import QueryScale
 from keras_ssattn.ops.length_scales import adaptive_log_scale
 
+LARGEST_FLOAT32 = 3.4e38
+
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
 class AdaptiveLogScale(QueryScale):
@@ -56,7 +58,9 @@ class AdaptiveLogScale(QueryScale):
     """
 
     def __init__(self, delta: float = 1.0, num_heads: int | None = None, **kwargs: object) -> None:
-        delta = check_number("delta", delta)
+        delta = check_number(
+            "delta", delta, "a finite number of float32", lambda x: abs(x) <= LARGEST_FLOAT32
+        )
         super().__init__(num_heads=num_heads, **kwargs)
         self.delta = delta
 

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_ssattn._checks import check_integer, check_number
+from keras_ssattn._checks import check_flag, check_integer, check_number
 from keras_ssattn._typing import Config, Shape, Tensor
 from keras_ssattn.layers.length_scales.base import LengthScale
 from keras_ssattn.ops.length_scales import linear_in_log
@@ -60,7 +60,7 @@ class LogLengthScale(LengthScale):
         check_init_s(init_s, train_length)
         super().__init__(num_heads=num_heads, **kwargs)
         self.init_s = init_s
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.train_length = train_length
         self.s: Tensor = None
         self.b: Tensor = None
