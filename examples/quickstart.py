@@ -1,10 +1,11 @@
-"""Forecast tomorrow's temperatures with four kinds of attention, on any Keras backend.
+"""Tell nine speakers apart with four kinds of attention, on any Keras backend.
 
     KERAS_BACKEND=jax python examples/quickstart.py
 
-Trains four small transformers that differ in nothing but the normalizer of their attention,
-compares them with two forecasts that need no model, also on windows up to eight times as long
-as those of training, and moves one trained model to another process on another backend.
+Trains small transformers of `keras_ssattn.build` that differ in nothing but the normalizer of their
+attention, on utterances of 7 to 29 steps, and compares them with baselines and published figures.
+Moves one of them to other processes on other backends, and exports it. Then it loads two small
+language models and shows what the normalizers are for: contexts 32 times as long as in training.
 Without KERAS_BACKEND it takes the first backend that is installed.
 """
 
@@ -13,14 +14,12 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 # Keras reads its backend from the environment, once, when it is imported.
 os.environ.setdefault(
@@ -31,106 +30,84 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import quickstart_data as data
 import quickstart_report as report
-from quickstart_data import (
-    BATCH_SIZE,
-    HORIZON,
-    Scale,
-    forecast_hours,
-    future,
-    last_known,
-    load_table,
-    make_windows,
-    measure_scale,
-    naive_forecasts,
-    split,
-)
 
 import keras_ssattn
 
+PAPERS = Path(__file__).parent / "papers"
+sys.path.append(str(PAPERS))
+import retrieval  # noqa: E402
+import training  # noqa: E402
+
 NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
-LENGTHS = (60, 240, 480)  # hours that a model looks back; it is trained on the first
-LEARNING_RATE = 3e-3  # at first; the same for all models, tuned for none of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The size of a run; `test_step` shares no divisor with 24, so every hour of day is met."""
+    """The size of a run, the same for all models.
+
+    Chosen on thirds of the training split, held out as `--validate` does it, never on the test.
+    """
 
     hidden_size: int = 32
     num_heads: int = 4
-    num_layers: int = 2
-    epochs: int = 4
+    num_layers: int = 1
+    dropout: float = 0.1
+    shift: float = 0.3
+    learning_rate: float = 1e-2  # at first
+    weight_decay: float = 0.1
+    batch_size: int = 32
+    passes: int = 30  # over the training split
     num_seeds: int = 2
-    train_step: int = 4
-    test_step: int = 25
+    length_factors: tuple = (1, 2, 4, 8, 16, 32)
+    test_sequences: int = 16  # of each length
 
 
 SMALL = Settings(
-    hidden_size=8, num_heads=2, num_layers=1, epochs=1, num_seeds=1, train_step=16, test_step=49
-)
+    hidden_size=8, num_heads=2, passes=1, num_seeds=1, length_factors=(1, 2), test_sequences=8
+)  # fmt: skip
 
 
-# --- 1. Data -----------------------------------------------------------------------------
+# --- 1. A model for sequences of any length ------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What models are trained on, and what they are to forecast."""
-
-    train: tuple
-    validation: tuple
-    test: Any  # the part of the table
-    hours: np.ndarray  # rows of it
-    scale: Scale
-
-
-def prepare(settings):
-    """Returns the `Task`, and says what is in it."""
-    parts = split(load_table())
-    print("Hourly temperatures in Seattle:")
-    for name, part in parts.items():
-        low, high = part["temp"].min(), part["temp"].max()
-        first, last = part.index[0], part.index[-1]
-        print(f"  {name}: {first:%d %b %Y} to {last:%d %b %Y}, {low:.1f} to {high:.1f} °F")
-    scale = measure_scale(parts["train"])
-    windows = {}
-    for name in ("train", "validation"):
-        hours = forecast_hours(parts[name], LENGTHS[0], settings.train_step)
-        windows[name] = make_windows(parts[name], hours, LENGTHS[0], scale)
-    # Windows of every length precede the same hours, so that their errors compare.
-    hours = forecast_hours(parts["test"], max(LENGTHS), settings.test_step)
-    print(f"{len(windows['train'][0])} windows of {LENGTHS[0]} hours to train on.")
-    print(f"{len(hours)} test forecasts of {HORIZON} hours, from windows of {LENGTHS} hours.")
-    return Task(**windows, test=parts["test"], hours=hours, scale=scale)
-
-
-# --- 2. Models ---------------------------------------------------------------------------
-
-
-def make_model(normalizer, settings, num_windows):
-    """Returns a compiled forecaster: the package's transformer and one dense layer.
+def make_model(normalizer, settings, num_utterances):
+    """Returns a compiled classifier: the package's transformer and one dense layer.
 
     The string "ssmax" is the package's default, s = 1 in every head. To start as ordinary
-    softmax on average, give `SSMax(init_s="auto", train_length=60)` in its place.
+    softmax on average, give `SSMax(init_s="auto", train_length=29)` in its place.
     """
-    transformer = keras_ssattn.build(
-        embed_dim=3,
+    encoder = keras_ssattn.build(
+        embed_dim=data.NUM_FEATURES,
         hidden_size=settings.hidden_size,
         num_heads=settings.num_heads,
         num_layers=settings.num_layers,
-        dropout=0.0,
+        dropout=settings.dropout,
         window_size=None,  # any length
         normalizer=normalizer,
+        rotary="default",  # without positions the order of the steps is lost
+        causal=False,  # the whole utterance is there before the answer
+        output_mode="mean_pool",
     )
-    head = keras.layers.Dense(HORIZON, name="forecast")
-    model = keras.Sequential([transformer, head], name=normalizer)
-    num_updates = settings.epochs * num_windows // BATCH_SIZE
-    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, num_updates)
-    model.compile(keras.optimizers.Adam(rate), loss="mae")
+    model = keras.Sequential(
+        [
+            keras.Input((None, data.NUM_FEATURES)),
+            keras.layers.Masking(),  # steps of zeros are padding: no key, no query, not in the mean
+            encoder,
+            keras.layers.Dense(data.NUM_SPEAKERS, name="speaker"),
+        ],
+        name=normalizer,
+    )
+    num_updates = settings.passes * num_utterances // settings.batch_size
+    rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate, num_updates)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay)
+    model.compile(optimizer, loss, metrics=["accuracy"])
     return model
 
 
-def train(model, task, settings, seed):
+def train(model, inputs, speakers, settings, seed):
     """Trains a model from new weights that the seed fixes.
 
     To train it again takes no second compilation, only an optimizer set back to its start.
@@ -139,30 +116,50 @@ def train(model, task, settings, seed):
     model.set_weights(keras.models.clone_model(model).get_weights())
     for variable in model.optimizer.variables:
         variable.assign(np.zeros(variable.shape))
+    passes = np.tile(np.arange(len(inputs)), settings.passes)
     model.fit(
-        *task.train,
-        batch_size=BATCH_SIZE,
-        epochs=settings.epochs,
-        validation_data=task.validation,
-        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or in a file a line, for each epoch
+        data.shifted(inputs[passes], settings.shift, np.random.default_rng(seed)),
+        speakers[passes],
+        batch_size=settings.batch_size,
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or in a file a line
     )
 
 
-def forecast(model, task, length):
-    """Returns a model's test forecasts in °F, `[N, HORIZON]`, from windows of a length."""
-    inputs, _ = make_windows(task.test, task.hours, length, task.scale)
-    outputs = model.predict(inputs, batch_size=BATCH_SIZE, verbose=0)
-    return last_known(task.test, task.hours) + task.scale.temperature * outputs
+def train_and_test(settings, seeds, training_data, test_data):
+    """Trains each model with each seed; returns the accuracies, the seconds, and a model.
+
+    The model is that with SSMax and the last seed.
+    """
+    accuracies, seconds = {}, {}
+    for name in NORMALIZERS:
+        start = time.perf_counter()
+        model = make_model(name, settings, len(training_data[0]))
+        accuracies[name] = []
+        for seed in seeds:
+            print(f"\n{name}, seed {seed}:", flush=True)
+            train(model, *training_data, settings, seed)
+            answers = predict(model, test_data[0]).argmax(-1)
+            accuracies[name].append(float(np.mean(answers == test_data[1])))
+            print(f"right on {accuracies[name][-1]:.1%} of the test utterances", flush=True)
+        seconds[name] = time.perf_counter() - start
+        if name == "ssmax":
+            ssmax = model
+    return accuracies, seconds, ssmax
 
 
-def learned_scales(model):
-    """Returns SSMax's s, a list of heads for each layer."""
-    layers = model.layers[0].layers
-    blocks = [x for x in layers if isinstance(x, keras_ssattn.TransformerBlock)]
-    return [keras.ops.convert_to_numpy(x.attention.normalizer.s).tolist() for x in blocks]
+def predict(model, inputs):
+    """Returns the outputs, computed as one batch: another size would be compiled anew."""
+    return model.predict(inputs, batch_size=len(inputs), verbose=0)
 
 
-# --- 3. Another process, another backend ---------------------------------------------------
+def padding_difference(model, series):
+    """Returns how far padding moves the answer to the shortest utterance: a mask leaves nothing."""
+    shortest = min(series, key=len)
+    alone, padded = predict(model, shortest[None]), predict(model, data.pad([shortest]))
+    return float(np.abs(alone - padded).max())
+
+
+# --- 2. Another process, another backend, another runtime ------------------------------------
 
 RELOAD = """
 import sys
@@ -179,83 +176,104 @@ def other_backends():
     return [x for x in names if x != keras.config.backend() and importlib.util.find_spec(x)]
 
 
-def predict_elsewhere(path, inputs, backend):
-    """Returns the outputs of a saved model, loaded by a new process on another backend."""
+def predict_elsewhere(path, inputs, backends):
+    """Returns the outputs of a saved model by backend, loaded by a new process on each."""
     with tempfile.TemporaryDirectory() as folder:
-        given, returned = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
+        given = Path(folder, "inputs.npy")
         np.save(given, inputs)
-        print(f"Loading the saved model on {backend}, in another process", flush=True)
-        subprocess.run(
-            [sys.executable, "-c", RELOAD, str(path), str(given), str(returned)],
-            env={**os.environ, "KERAS_BACKEND": backend},
-            check=True,
-        )
-        return np.load(returned)
+        returned = {backend: Path(folder, f"{backend}.npy") for backend in backends}
+        processes = []
+        for backend, file in returned.items():
+            print(f"Loading the saved model on {backend}, in another process", flush=True)
+            command = [sys.executable, "-c", RELOAD, str(path), str(given), str(file)]
+            environment = {**os.environ, "KERAS_BACKEND": backend}
+            processes.append(subprocess.Popen(command, env=environment))
+        for process in processes:
+            if process.wait() != 0:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        return {backend: np.load(file) for backend, file in returned.items()}
 
 
 def check_reload(model, path, inputs):
     """Saves a model and returns how far it is from itself, reloaded here and elsewhere."""
     model.save(path)
-    outputs = model.predict(inputs, verbose=0)
     here = keras.saving.load_model(path, compile=False)
-    reloaded = {"this process": here.predict(inputs, verbose=0)}
-    for backend in other_backends():
-        reloaded[backend] = predict_elsewhere(path, inputs, backend)
+    reloaded = {"this process": predict(here, inputs)}
+    reloaded |= predict_elsewhere(path, inputs, other_backends())
+    outputs = predict(model, inputs)
     return {name: float(np.abs(x - outputs).max()) for name, x in reloaded.items()}
 
 
-# --- 4. All of it ------------------------------------------------------------------------
+def check_export(model, folder, inputs):
+    """Exports a model for use without Keras, and returns how far it is from itself there.
 
-
-def train_and_forecast(task, settings, seeds):
-    """Trains each model with each seed; returns the forecasts, facts on them, and a model.
-
-    The forecasts are in a dictionary of each seed's dictionary by length, by normalizer; the
-    model is that with SSMax and the last seed.
+    PyTorch writes its own format. The others write a SavedModel, for which TensorFlow is needed.
     """
-    forecasts = {name: [] for name in NORMALIZERS}
-    facts = {"model_seconds": {}, "learned_s": []}
-    for name in NORMALIZERS:
-        start = time.perf_counter()
-        model = make_model(name, settings, len(task.train[0]))
-        if name == "ssmax":
-            ssmax, facts["initial_s"] = model, learned_scales(model)
-        for seed in seeds:
-            print(f"\n{name}, seed {seed}:", flush=True)
-            train(model, task, settings, seed)
-            forecasts[name].append({length: forecast(model, task, length) for length in LENGTHS})
-            if name == "ssmax":
-                facts["learned_s"].append(learned_scales(model))
-        facts["model_seconds"][name] = time.perf_counter() - start
-    return forecasts, facts, ssmax
+    if keras.config.backend() == "torch":
+        name, export = "quickstart.pt2", export_to_torch
+    elif importlib.util.find_spec("tensorflow"):
+        name, export = "quickstart_saved_model", export_to_tensorflow
+    else:
+        return {"skipped": "a SavedModel needs the package tensorflow, which is not installed"}
+    print(f"Exporting the model to {name}, and running it there", flush=True)
+    exported = export(model, str(folder / name))
+    differences = [
+        np.abs(exported(x) - predict(model, x)).max()
+        for x in (inputs, inputs[:5, :11])  # any batch, any length
+    ]
+    return {"file": name, "difference": float(max(differences))}
 
 
-def measure_errors(task, forecasts):
-    """Returns mean absolute errors of the models' forecasts and of the naive ones."""
+def export_to_torch(model, path):
+    """Writes a model by `torch.export`; returns what is read from the file, as a function."""
+    import torch
 
-    def error(x):
-        return float(np.abs(x - future(task.test, task.hours)).mean())
-
-    naive = naive_forecasts(task.test, task.hours)
-    return {
-        "unit": "mean absolute error in degrees Fahrenheit",
-        "errors": {
-            name: {str(length): [error(made[length]) for made in by_seed] for length in LENGTHS}
-            for name, by_seed in forecasts.items()
-        },
-        "baselines": {name: error(x) for name, x in naive.items()},
-    }
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("time", min=2)}
+    model.export(path, format="torch", verbose=False, dynamic_shapes=[(sizes,)])
+    module = torch.export.load(path).module()
+    return lambda inputs: module(torch.from_numpy(inputs)).detach().numpy()
 
 
-def example_day(task, forecasts):
-    """Returns one forecast to plot: the hours before and during it, and what models said."""
-    i = len(task.hours) // 2
-    start = task.hours[i]
-    known = task.test["temp"].iloc[start - LENGTHS[0] : start + HORIZON]
-    return known, {
-        length: {name: by_seed[0][length][i] for name, by_seed in forecasts.items()}
-        for length in (min(LENGTHS), max(LENGTHS))
-    }
+def export_to_tensorflow(model, path):
+    """Writes a model as a SavedModel; returns what is read from there, as a function."""
+    import tensorflow
+
+    model.export(path, format="tf_saved_model", verbose=False)
+    loaded = tensorflow.saved_model.load(path)
+    return lambda inputs: loaded.serve(inputs).numpy()
+
+
+# --- 3. What the normalizers are for --------------------------------------------------------
+
+
+def look_up(settings):
+    """Returns what two small language models do when asked for one of ever more items.
+
+    They were trained by examples/papers on contexts of 64 items, to give the value of a key.
+    """
+    config = json.loads((PAPERS / "ssmax" / "retrieval.json").read_text())
+    number = settings.test_sequences
+    found = {"train_length": config["length"], "models": {}}
+    for name in ("softmax", "ssmax"):
+        model = training.make_model(config, name)
+        model.load_weights(PAPERS / "results" / "retrieval" / f"{name}-0.003-seed-0.weights.h5")
+        found["models"][name] = by_length = {}
+        for factor in settings.length_factors:
+            length = factor * config["length"]
+            print(f"{name}: {length} items", flush=True)
+            rng = np.random.default_rng((2, length))
+            tokens, answers, places = retrieval.draw_task(rng, config, number, length)
+            given = retrieval.answer(config, model, tokens).argmax(-1)
+            # of the first layer, which finds the items, in the first two sequences
+            weights = retrieval.weight_on_needle(model, tokens[:2], places[:2])[0]
+            by_length[str(length)] = {
+                "accuracy": float(np.mean(given == answers)),
+                "weight": float(np.mean(weights)),
+            }
+    return found
+
+
+# --- 4. All of it ---------------------------------------------------------------------------
 
 
 def parse_arguments(arguments=None):
@@ -263,42 +281,55 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="run all steps, train hardly at all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--epochs", type=int, help="passes over the training windows")
+    parser.add_argument("--passes", type=int, help="over the utterances to train on")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--validate", action="store_true", help="train on 2/3 of the training split, test on 1/3"
+    )
     return parser.parse_args(arguments)
 
 
 def main():
-    """Runs the example and writes its results, plot and model."""
+    """Runs the example and writes its results, plot and models."""
     start = time.perf_counter()
     options = parse_arguments()
     settings = SMALL if options.small else Settings()
-    if options.epochs is not None:
-        settings = dataclasses.replace(settings, epochs=options.epochs)
+    if options.passes is not None:
+        settings = dataclasses.replace(settings, passes=options.passes)
     options.output.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # three lengths are three traces, as meant
     backend = keras.config.backend()
     versions = {x: importlib.import_module(x).__version__ for x in ("keras", backend)}
     versions["keras_ssattn"] = keras_ssattn.__version__
     print(f"Backend: {backend} (set KERAS_BACKEND for another). Versions: {versions}")
 
-    task = prepare(settings)
+    known, new = data.load()
+    if options.validate:
+        known, new = data.hold_out(known)
+    print(f"{len(known.series)} utterances to train on, {len(new.series)} others to test on")
+    scale = data.measure_scale(known)
+    inputs = data.to_inputs(new, scale)
     seeds = range(options.seed, options.seed + settings.num_seeds)
-    forecasts, facts, ssmax = train_and_forecast(task, settings, seeds)
-    sample, _ = make_windows(task.test, task.hours[:8], max(LENGTHS), task.scale)
+    accuracies, seconds, model = train_and_test(
+        settings, seeds, (data.to_inputs(known, scale), known.speakers), (inputs, new.speakers)
+    )
     results = {
-        **measure_errors(task, forecasts),
-        **facts,
-        "reload_difference": check_reload(ssmax, options.output / "quickstart.keras", sample),
-        "output_unit_in_degrees": task.scale.temperature,
+        "utterances": {"train": len(known.series), "test": len(new.series)},
+        "parameters": model.count_params(),
+        "accuracies": accuracies,
+        "baselines": data.baselines(known, new),
+        "published": data.PUBLISHED,
+        "padding_difference": padding_difference(model, data.scaled(new, scale)),
+        "reload_difference": check_reload(model, options.output / "quickstart.keras", inputs),
+        "export": check_export(model, options.output, inputs),
+        "look_up": look_up(settings),
+        "model_seconds": seconds,
         "backend": backend,
         "versions": versions,
         "settings": {**dataclasses.asdict(settings), "seeds": list(seeds)},
         "seconds": time.perf_counter() - start,
     }
     print(report.describe(results))
-    figure = report.plot(results, *example_day(task, forecasts))
-    figure.savefig(options.output / "quickstart.png", dpi=130)
+    report.plot(results).savefig(options.output / "quickstart.png", dpi=160)
     (options.output / "quickstart.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nWrote quickstart.json, .png and .keras to {options.output}")
     print(f"{time.perf_counter() - start:.0f} seconds in all")

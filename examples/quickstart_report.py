@@ -1,4 +1,4 @@
-"""The words, the table and the plot of quickstart.py, all made from its results."""
+"""The words, the tables and the plot of quickstart.py, all made from its results."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,201 +9,193 @@ COLORS = {
     "softpick": "#0072b2",
     "rectified_softpick": "#009e73",
 }
+LABELS = {
+    "softmax": "softmax",
+    "ssmax": "SSMax",
+    "softpick": "softpick",
+    "rectified_softpick": "rectified softpick",
+}
+
+
+# --- Words ---------------------------------------------------------------------------------
 
 
 def describe(results):
-    """Returns the table, what it shows, and the differences after reloading, as text."""
+    """Returns the tables, what they show, and the differences elsewhere, as text."""
     seeds = len(results["settings"]["seeds"])
     return "\n".join(
         [
             "",
-            "Mean absolute error of the test forecasts in °F, by hours looked back",
-            "(one seed)" if seeds == 1 else f"({seeds} seeds: mean, lowest-highest)",
-            table(results),
+            f"Nine speakers: right answers to {results['utterances']['test']} test utterances",
+            "(one seed)" if seeds == 1 else f"(models: mean of {seeds} seeds, lowest to highest)",
+            *_aligned(speaker_rows(results)),
+            "",
+            "Looking up one of many items: right answers, and the weight on the right item",
+            *_aligned([("items", *_lengths(results)), *look_up_rows(results)]),
             "",
             "What these numbers show",
             *(f"- {finding}" for finding in findings(results)),
             "",
-            "Largest difference of an output when the SSMax model is saved and loaded again",
-            f"(outputs are in units of {results['output_unit_in_degrees']:.1f} °F)",
-            *(f"- {line}" for line in _reload_lines(results)),
+            "Largest difference of an output of the SSMax model",
+            *(f"- {line}" for line in _difference_lines(results)),
         ]
     )
 
 
-def _reload_lines(results):
-    elsewhere = dict(results["reload_difference"])
-    yield f"in the same process, on {results['backend']}: {elsewhere.pop('this process'):.1e}"
-    for backend, difference in elsewhere.items():
-        yield f"in another process, on {backend}: {difference:.1e}"
-    if not elsewhere:
-        yield "on another backend: not tried, because no other backend is installed"
+def speaker_rows(results):
+    """Returns a name and an accuracy for each model, each baseline and each published figure."""
+    return [
+        *((LABELS[name], spread(found)) for name, found in results["accuracies"].items()),
+        *((name, f"{found:.3f}") for name, found in results["baselines"].items()),
+        *(
+            (f"published: {name}", f"{found['accuracy']:.3f}")
+            for name, found in results["published"].items()
+        ),
+    ]
 
 
-def table(results):
-    """Returns the errors and seconds of every model, and the errors of the baselines, as text."""
-    lengths = _lengths(results["errors"])
-    rows = [("", *lengths, "seconds")]
-    for name, errors in results["errors"].items():
-        seconds = results["model_seconds"][name]
-        rows.append((name, *(_cell(errors[length]) for length in lengths), f"{seconds:.0f}"))
-    for name, error in results["baselines"].items():
-        rows.append((name, *[f"{error:.2f}"] * len(lengths), ""))
+def spread(values):
+    """Returns the mean of the seeds, with the lowest and the highest."""
+    ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{ends}"
+
+
+def look_up_rows(results):
+    """Returns a name and a cell for each length, of right answers and of weights."""
+    return [
+        (f"{LABELS[name]}, {words}", *(f"{found[key]:.2f}" for found in by_length.values()))
+        for key, words in (("accuracy", "right answers"), ("weight", "weight"))
+        for name, by_length in results["look_up"]["models"].items()
+    ]
+
+
+def _lengths(results):
+    return list(results["look_up"]["models"]["ssmax"])
+
+
+def _aligned(rows):
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
+    return [
         "  ".join([name.ljust(first), *(x.rjust(w) for x, w in zip(cells, others, strict=True))])
         for name, *cells in rows
-    )
-
-
-def _cell(errors):
-    spread = f" ({min(errors):.2f}-{max(errors):.2f})" if len(errors) > 1 else ""
-    return f"{np.mean(errors):.2f}{spread}"
-
-
-def _lengths(errors):
-    """The lengths of windows, that of training first."""
-    return list(next(iter(errors.values())))
+    ]
 
 
 def findings(results):
     """Returns sentences that follow from the results, whatever these are."""
-    errors = results["errors"]
-    lengths = _lengths(errors)
-    short, long = lengths[0], lengths[-1]
-    before, after = _means(errors, short), _means(errors, long)
-    return [
-        *(
-            f"With the {short} hours of training {_who_beats(before, error)} {name} ({error:.2f})."
-            for name, error in results["baselines"].items()
-        ),
-        f"Looking back {long} hours instead of {short} multiplies the error by "
-        + _ascending({name: after[name] / before[name] for name in errors}),
-        f"The errors with {long} hours are {_ascending(after)}",
-        *(_ssmax_against_softmax(errors, length) for length in lengths),
-        _movement_of_s(results["initial_s"], results["learned_s"]),
-        _trust(errors),
-    ]
+    return [*(_against(results, name) for name in results["accuracies"]), *_looking_up(results)]
 
 
-def _means(errors, length):
-    return {name: float(np.mean(by_length[length])) for name, by_length in errors.items()}
+def _against(results, name):
+    """Which of the baselines a model beats with every seed."""
+    accuracies = results["accuracies"][name]
+    beaten = [x for x, found in results["baselines"].items() if min(accuracies) > found]
+    count = {0: "none", len(results["baselines"]): "all"}.get(len(beaten), f"{len(beaten)}")
+    return f"{LABELS[name]} ({np.mean(accuracies):.3f}) beats {count} of the baselines."
 
 
-def _ascending(values):
-    ordered = sorted(values, key=values.get)
-    return ", ".join(f"{values[name]:.2f} ({name})" for name in ordered) + "."
+def _looking_up(results):
+    lengths = _lengths(results)
+    for name, by_length in results["look_up"]["models"].items():
+        first, last = by_length[lengths[0]], by_length[lengths[-1]]
+        yield (
+            f"{LABELS[name]} is right on {first['accuracy']:.2f} of the questions among "
+            f"{lengths[0]} items, as in training, and {last['accuracy']:.2f} among {lengths[-1]}; "
+            f"its weight on the right item goes from {first['weight']:.2f} to {last['weight']:.2f}."
+        )
 
 
-def _who_beats(means, error):
-    better = [name for name, mean in means.items() if mean < error]
-    if len(better) in (0, len(means)):
-        return "every model beats" if better else "no model beats"
-    return f"only {' and '.join(better)} beat{'s' if len(better) == 1 else ''}"
+def _difference_lines(results):
+    elsewhere = dict(results["reload_difference"])
+    yield f"without padding: {results['padding_difference']:.1e}"
+    yield f"saved, loaded in the same process: {elsewhere.pop('this process'):.1e}"
+    for backend, difference in elsewhere.items():
+        yield f"saved, loaded in another process on {backend}: {difference:.1e}"
+    if not elsewhere:
+        yield "on another backend: not tried, because no other backend is installed"
+    if "skipped" in results["export"]:
+        yield f"exported: not tried: {results['export']['skipped']}"
+    else:
+        yield "exported to {file}, run without Keras: {difference:.1e}".format(**results["export"])
 
 
-def verdict(ssmax, softmax):
-    """Returns whether SSMax `"helps"`, `"hurts"` or is `"unclear"`: the seeds' ranges overlap."""
-    if max(ssmax) < min(softmax):
-        return "helps"
-    return "hurts" if min(ssmax) > max(softmax) else "unclear"
+# --- The plot ------------------------------------------------------------------------------
 
 
-def _ssmax_against_softmax(errors, length):
-    words = {
-        "helps": "SSMax helps: every seed is below softmax's",
-        "hurts": "SSMax does not help: every seed is above softmax's",
-        "unclear": "SSMax does not clearly help: the seeds overlap softmax's",
-    }
-    ssmax, softmax = errors["ssmax"][length], errors["softmax"][length]
-    return (
-        f"With {length} hours {words[verdict(ssmax, softmax)]} "
-        f"({np.mean(ssmax):.2f} against {np.mean(softmax):.2f})."
-    )
-
-
-def _movement_of_s(initial, learned):
-    layers = np.swapaxes(learned, 0, 1)  # [layers, seeds, heads]
-    ranges = [f"{s.min():.2f} to {s.max():.2f} in layer {i}" for i, s in enumerate(layers, 1)]
-    return (
-        f"The s of SSMax began at {np.mean(initial):.2f}, its default, and ended at "
-        f"{' and '.join(ranges)}."
-    )
-
-
-def _trust(errors):
-    cells = [cell for by_length in errors.values() for cell in by_length.values()]
-    if len(cells[0]) == 1:
-        return "This is one seed: another may order the models otherwise."
-    spread = max(max(cell) - min(cell) for cell in cells)
-    return (
-        f"Seeds of one model differ by up to {spread:.2f}, and {len(cells[0])} seeds are few: "
-        "do not rank models that are closer."
-    )
-
-
-def plot(results, known, shown):
-    """Returns a figure of a forecast, the errors by hours looked back, and the learned s.
-
-    `known` is a series of the hours before and during the forecast, `shown` the forecast by
-    hours looked back and by model.
-    """
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    first = figure.add_subplot(2, 2, 1)
-    axes = [first, figure.add_subplot(2, 2, 2, sharey=first)]
-    for axis, (length, forecasts) in zip(axes, shown.items(), strict=True):
-        _plot_forecasts(axis, known, forecasts, length)
-    axes += [figure.add_subplot(2, 2, 3), figure.add_subplot(2, 2, 4)]
-    _plot_errors(axes[2], results)
-    _plot_scales(axes[3], results)
-    for axis in axes:
-        axis.grid(color="#e5e5e5")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Temperature in Seattle, forecast with four kinds of attention", fontsize=14)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+def plot(results):
+    """Returns a figure: what the normalizers are for on the left, the speakers on the right."""
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1), wspace=0.03)
+    _plot_looking_up(left, results["look_up"])
+    _plot_speakers(right, results)
     return figure
 
 
-def _plot_forecasts(axis, known, forecasts, length):
-    horizon = len(next(iter(forecasts.values())))
-    hours = np.arange(-len(known) + horizon, horizon)
-    axis.plot(hours, known, color="black", linewidth=2.5, label="measured")
-    for name, forecast in forecasts.items():
-        axis.plot(hours[-horizon:], forecast, color=COLORS[name], linewidth=1.5, label=name)
-    axis.axvline(-0.5, color="black", linestyle=":", linewidth=1)
-    axis.set_title(f"One day's forecasts from the last {length} hours")
-    axis.set_xlabel(f"hours from {known.index[-horizon]:%d %B %Y, %H:%M}")
-    axis.set_ylabel("temperature, °F")
+def _plot_looking_up(figure, look_up):
+    figure.suptitle("Look one item up among many", fontsize=14, fontweight="bold")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for name, by_length in look_up["models"].items():
+        lengths = [int(length) for length in by_length]
+        for axes, key in ((upper, "accuracy"), (lower, "weight")):
+            values = [found[key] for found in by_length.values()]
+            axes.plot(lengths, values, color=COLORS[name], marker="o", linewidth=2.5)
+        _name_line(upper, lengths[-1], by_length[str(lengths[-1])]["accuracy"], name)
+    upper.set_ylabel("right answers", fontsize=12)
+    lower.set_ylabel("weight on the right item", fontsize=12)
+    lower.set_xscale("log", base=2)
+    lower.set_xticks(lengths, [str(x) for x in lengths])
+    lower.set_xlabel(f"items in the context (trained on {look_up['train_length']})", fontsize=12)
+    for axes in (upper, lower):
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        _tidy(axes, "both")
 
 
-def _plot_errors(axis, results):
-    lengths = [int(length) for length in _lengths(results["errors"])]
-    for name, by_length in results["errors"].items():
-        errors = np.array(list(by_length.values()))  # [lengths, seeds]
-        low, high = errors.min(axis=1), errors.max(axis=1)
-        axis.plot(lengths, errors.mean(axis=1), color=COLORS[name], marker="o")
-        axis.fill_between(lengths, low, high, color=COLORS[name], alpha=0.12)
-    for name, error in results["baselines"].items():
-        axis.axhline(error, color="black", linestyle="--", linewidth=1)
-        axis.text(lengths[-1], error, name, ha="right", va="bottom")
-    axis.set_title("Error of all test forecasts: mean and range of the seeds")
-    axis.set_xlabel(f"hours looked back (trained on {lengths[0]})")
-    axis.set_xticks(lengths)
-    axis.set_ylabel("mean absolute error, °F")
-    axis.set_ylim(bottom=0)
+def _name_line(axes, x, y, name):
+    axes.annotate(
+        LABELS[name],
+        (x, y),
+        xytext=(0, -18),
+        textcoords="offset points",
+        ha="right",
+        color=COLORS[name],
+        fontsize=13,
+        fontweight="bold",
+    )
 
 
-def _plot_scales(axis, results):
-    seeds = zip(results["settings"]["seeds"], results["learned_s"], strict=True)
-    for (seed, layers), marker in zip(seeds, "os^D", strict=False):
-        heads = [f"{i}.{j}" for i, s in enumerate(layers, 1) for j in range(1, len(s) + 1)]
-        axis.plot(heads, np.ravel(layers), marker, color=COLORS["ssmax"], label=f"seed {seed}")
-    initial = np.mean(results["initial_s"])
-    axis.axhline(initial, color="black", linestyle="--", linewidth=1, label="before training")
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(0, low), max(1.3 * initial, high))
-    axis.set_title("The s of SSMax after training")
-    axis.set_xlabel("layer.head")
-    axis.set_ylabel("s")
-    axis.legend(loc="lower right", ncols=3)
+def _plot_speakers(figure, results):
+    figure.suptitle("Tell nine speakers apart", fontsize=14, fontweight="bold")
+    axes = figure.subplots()
+    found = {
+        "this package": [(LABELS[x], y, COLORS[x]) for x, y in results["accuracies"].items()],
+        "without a network": [(x, [y], "#777777") for x, y in results["baselines"].items()],
+        "published": [(x, [y["accuracy"]], "black") for x, y in results["published"].items()],
+    }
+    names, heights, height = [], [], 0.0
+    for group, rows in found.items():
+        names, heights = [*names, group], [*heights, height]
+        for name, accuracies, color in rows:
+            height += 1
+            names, heights = [*names, name], [*heights, height]
+            mean = float(np.mean(accuracies))
+            axes.plot([min(accuracies), max(accuracies)], [height] * 2, color=color, linewidth=4)
+            axes.plot(mean, height, "o", color=color, markersize=9)
+            place = {"xytext": (12, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{mean:.3f}", (max(accuracies), height), **place, color=color, size=11)
+        height += 1.4
+    axes.set_yticks(heights, [name.removeprefix("logistic ") for name in names])
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in found else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(height, -0.9)
+    axes.margins(x=0.25)
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel("right answers", fontsize=12)
+    _tidy(axes, "x")
+
+
+def _tidy(axes, grid):
+    axes.grid(color="#e5e5e5", axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=11)

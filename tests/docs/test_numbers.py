@@ -54,7 +54,8 @@ def test_main_job_in_the_readme():
     softmax, ssmax = (f"{look_up['models'][x][last]['accuracy']:.2f}" for x in ("softmax", "ssmax"))
     assert_in_readme(
         f"learned to look one item up among {look_up['train_length']} (left). Among {last} items "
-        f"softmax is right on {softmax} of the questions, and SSMax on {ssmax}."
+        f"softmax is right on {softmax} of the questions, and SSMax on {ssmax} (one seed; over "
+        f"three, softmax on {accuracy('softmax', 2048)})."
     )
 
 
@@ -67,8 +68,7 @@ def test_what_is_said_of_the_quickstart():
     means = [np.mean(x) for x in models.values()]
     assert sum(x < min(means) for x in baselines) >= 3
     assert sum(x > max(means) for x in baselines) == 1
-    ends = [(min(x), max(x)) for x in models.values()]
-    assert all(a[1] >= b[0] for a, b in itertools.permutations(ends, 2))  # the ranges meet
+    assert np.ptp(means) < 0.02
     utterances = found["utterances"]
     assert_on(
         "experiments", f"{utterances['train']} to train on and {utterances['test']} to test on"
@@ -115,6 +115,28 @@ def test_starts_of_s():
         )
     limit = math.ceil(100 * max(spreads)) / 100
     assert_on("when_it_helps", f"came within {limit:.2f} of each other")
+
+
+def test_tables_in_context():
+    """Where the ranges over the seeds do not meet."""
+    arms = study_report.conditions(study_report.RESULTS / "tables.jsonl")["in context"]
+    names = list(arms["softmax"][0]["by_table"])
+
+    def losses(arm, name, count):
+        by_count = [run["by_table"][name] for run in arms[arm]]
+        return [x[count or list(x)[-1]]["loss"] for x in by_count]
+
+    def better(arm, other, count=None):
+        pairs = ((losses(arm, x, count), losses(other, x, count)) for x in names)
+        return [name for name, (a, b) in zip(names, pairs, strict=True) if max(a) < min(b)]
+
+    auto = "ssmax, s from 1/mean(log n)"
+    on = better(auto, "softmax")
+    assert {*names} - {*on} == {"diabetes, above the median", "weather"}
+    assert better(auto, "softmax", "64") == on
+    assert_on("when_it_helps", f"softmax on {len(on)} of the {len(names)} tables with all of their")
+    assert_on("when_it_helps", f"on {len(better(auto, 'ssmax'))} of the {len(names)} tables. In")
+    assert better("softmax", auto) == better("ssmax", auto) == []
 
 
 # A released architecture
