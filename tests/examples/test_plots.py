@@ -1,11 +1,14 @@
 """Plots show the numbers that they are given, and can be read."""
 
 import itertools
+import json
+import pathlib
 import sys
 
 import keras
 import numpy as np
 import pytest
+import quickstart_report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from support.docstrings import failing_examples
@@ -123,6 +126,26 @@ def test_weights_alone_as_tensors_are_plotted_too(rng):
 )  # fmt: skip
 def test_attention_plots_are_legible(make, rng):
     assert_legible(plot_attention(make(rng)))
+
+
+def test_the_quickstart_plots_what_it_found():
+    file = pathlib.Path(quickstart_report.__file__).parent / "results" / "quickstart.json"
+    found = json.loads(file.read_text())
+    figure = quickstart_report.plot(found)
+    assert_legible(figure)
+    upper, lower, speakers = figure.axes
+    for axes, key in ((upper, "accuracy"), (lower, "weight")):
+        for line, by_length in zip(axes.lines, found["look_up"]["models"].values(), strict=True):
+            assert list(map(str, line.get_xdata())) == list(by_length)
+            assert list(line.get_ydata()) == [x[key] for x in by_length.values()]
+    expected = [
+        *map(np.mean, found["accuracies"].values()),
+        *found["baselines"].values(),
+        *(x["accuracy"] for x in found["published"].values()),
+    ]
+    points = [line.get_xdata()[0] for line in speakers.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(points, expected)
+    assert [t.get_text() for t in speakers.texts] == [f"{x:.3f}" for x in expected]
 
 
 def test_scales_by_layer_and_head():
