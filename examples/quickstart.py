@@ -47,7 +47,7 @@ NORMALIZERS = ("softmax", "ssmax", "softpick", "rectified_softpick")
 class Settings:
     """The size of a run, the same for all models.
 
-    Chosen on thirds of the training split, held out as `--validate` does it, never on the test.
+    Chosen on thirds of the training split, held out as `--validate` does it.
     """
 
     hidden_size: int = 32

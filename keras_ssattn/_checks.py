@@ -53,8 +53,8 @@ def check_rate(name: str, value: object) -> float:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Returns True or False, also given as NumPy's or as 1 or 0, or raises."""
-    if not isinstance(value, numbers.Integral | np.bool_) or value not in (0, 1):
+    """Returns True or False, which NumPy may have made, or raises."""
+    if not isinstance(value, bool | np.bool_):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
     return bool(value)
 

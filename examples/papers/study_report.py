@@ -22,7 +22,9 @@ SHOWN = {
     "ssmax, s from 1": "SSMax, s from 1",
     "ssmax, s from 0.43": "SSMax, s from 0.43",
     "ssmax, s from 0.2": "SSMax, s from 0.2",
+    "ssmax": "SSMax, s from 1",
 }
+STARTS = list(SHOWN)[:-1]  # the arms of margins.json; the last is of tables.json
 
 
 def conditions(results: pathlib.Path) -> dict[str, Arms]:
@@ -58,11 +60,11 @@ def margins(folder: pathlib.Path = RESULTS) -> str:
             [
                 name,
                 spread(at(softmax, first, "accuracy")),
-                *(spread(at(arms[x], last, "accuracy")) if x in arms else "" for x in SHOWN),
+                *(spread(at(arms[x], last, "accuracy")) if x in arms else "" for x in STARTS),
                 " to ".join(f"{np.mean(at(softmax, x, 'margin')):.1f}" for x in (first, last)),
             ]
         )
-    header = ["", f"softmax, {first} items", *(f"{x}, {last} items" for x in SHOWN.values())]
+    header = ["", f"softmax, {first} items", *(f"{SHOWN[x]}, {last} items" for x in STARTS)]
     return table([*header, f"margin of softmax, {first} to {last} items"], rows)
 
 
@@ -71,7 +73,7 @@ def draw_margins(folder: pathlib.Path = RESULTS) -> None:
     found = conditions(folder / "margins.jsonl")
     figure, axes = grid(list(found))
     for axis, arms in zip(axes, found.values(), strict=False):
-        for i, arm in enumerate(SHOWN):
+        for i, arm in enumerate(STARTS):
             if arm in arms:
                 band(axis, [run["by_length"] for run in arms[arm]], "accuracy", f"C{i}", SHOWN[arm])
         first = arms["softmax"][0]["by_length"]
@@ -122,7 +124,7 @@ def tables(folder: pathlib.Path = RESULTS, measure: str = "loss") -> str:
     """Log-loss with 64 and with all rows, beside models that are fitted on the same rows."""
     found = conditions(folder / "tables.jsonl")
     arms = found["in context"]
-    header = ["", "rows", *arms, *FITTED]
+    header = ["", "rows", *(SHOWN.get(x, x) for x in arms), *FITTED]
     rows = []
     for name in arms["softmax"][0]["by_table"]:
         counts = list(arms["softmax"][0]["by_table"][name])
@@ -144,7 +146,9 @@ def draw_tables(folder: pathlib.Path = RESULTS) -> None:
     figure, axes = grid(names)
     for axis, name in zip(axes, names, strict=False):
         for i, (arm, runs) in enumerate(arms.items()):
-            band(axis, [run["by_table"][name] for run in runs], "loss", f"C{i}", arm)
+            band(
+                axis, [run["by_table"][name] for run in runs], "loss", f"C{i}", SHOWN.get(arm, arm)
+            )
         for fitted, style in zip(FITTED, (":", "--"), strict=True):
             losses = found["fitted"][fitted][0]["by_table"][name]
             values = [x["loss"] for x in losses.values()]

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ssattn._checks import check_integer
+from keras_ssattn._checks import check_flag, check_integer
 from keras_ssattn.analysis import measures as functions
 from keras_ssattn.analysis._checks import check_index, check_threshold
 from keras_ssattn.analysis.recording import Recording, record
@@ -76,9 +76,7 @@ class AttentionStatistics(keras.callbacks.Callback):
         self._required = () if measures is None else _names(measures)
         self.measures = self._required or DEFAULT
         self.every = check_integer("every", every)
-        if not isinstance(per_head, bool):
-            raise ValueError(f"`per_head` must be True or False. Received: per_head={per_head!r}")
-        self.per_head = per_head
+        self.per_head = check_flag("per_head", per_head)
         self.sink_threshold = check_threshold("sink_threshold", sink_threshold)
         for name, index in (("key_index", key_index), ("query_index", query_index)):
             if index is not None:

@@ -4,6 +4,7 @@ import numbers
 
 import keras
 
+from keras_ssattn._checks import check_flag
 from keras_ssattn._keras.tree import walk
 from keras_ssattn._typing import Config, Identifier
 from keras_ssattn.conversion.cloning import Clones, custom_objects
@@ -175,8 +176,7 @@ def _check(model: object, normalizer: Identifier, train_length: object, causal: 
             '`train_length` goes with normalizer="ssmax". Received: '
             f"train_length={train_length!r} with normalizer={normalizer!r}"
         )
-    if not isinstance(causal, bool):
-        raise ValueError(f"`causal` must be True or False. Received: causal={causal!r}")
+    causal = check_flag("causal", causal)
     if not isinstance(normalizer, str):
         normalizer = specification
     return {"normalizer": normalizer, "train_length": train_length, "causal": causal}

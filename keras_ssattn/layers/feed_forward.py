@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from keras_ssattn._checks import check_integer
+from keras_ssattn._checks import check_flag, check_integer
 from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.initializing import unless_read
@@ -78,11 +78,11 @@ class FeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.inner_size = inner_size
-        self.gated = gated
+        self.gated = check_flag("gated", gated)
         if activation is None:
             activation = "silu" if gated else "gelu"
         self.activation = get_activation(activation)
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
 
     def build(self, input_shape: Shape) -> None:
         def dense(

@@ -7,7 +7,7 @@ import numbers
 import numpy as np
 from keras import ops
 
-from keras_ssattn._checks import check_floating, check_number, check_rank, to_int32
+from keras_ssattn._checks import check_flag, check_floating, check_number, check_rank, to_int32
 from keras_ssattn._tensors import cast, dtype_of, may_be_equal, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
 from keras_ssattn.ops.sizes import steps
@@ -310,8 +310,7 @@ def _check_entry(name: str, value: object) -> None:
     """Raises if this entry of a scaling does not fit."""
     name = f"scaling[{name!r}]"
     if "truncate" in name:
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+        check_flag(name, value)
     elif "mscale" in name:
         check_number(name, value, "a number of 0 or more", lambda x: 0 <= x < math.inf)
     else:

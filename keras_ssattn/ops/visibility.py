@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from keras_ssattn._checks import LARGEST_INT32, check_integer
+from keras_ssattn._checks import LARGEST_INT32, check_flag, check_integer
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import (
     cast,
@@ -104,7 +104,7 @@ class Visibility:
         return cls(
             query_length,
             key_length,
-            bool(causal),
+            check_flag("causal", causal),
             None if window is None or window >= LARGEST_INT32 else window,
             sizes.check_offset(query_offset),
             mask,

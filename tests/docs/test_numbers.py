@@ -104,7 +104,7 @@ def test_retrieval():
 
 def test_starts_of_s():
     found = study_report.conditions(study_report.RESULTS / "margins.jsonl").values()
-    starts = [x for x in study_report.SHOWN if x != "softmax"]
+    starts = study_report.STARTS[1:]
     complete = [arms for arms in found if {*starts} <= {*arms}]
     assert len(complete) >= 6
     spreads = []

@@ -210,8 +210,8 @@ def test_tables_and_figures_are_made_of_the_stored_runs(tmp_path):
         last = [x for x in stored if x["arm"] == "ssmax" and x["seed"] == 2]
         kept = [x for x in stored if x not in last]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
-    assert "| ssmax |" not in study_report.tables(tmp_path)
-    assert "| ssmax |" in study_report.tables()
+    assert "| SSMax, s from 1 |" not in study_report.tables(tmp_path)
+    assert "| SSMax, s from 1 |" in study_report.tables()
     assert study_report.margins(tmp_path) == study_report.margins()
     study_report.draw_margins(tmp_path)
     study_report.draw_tables(tmp_path)

@@ -135,6 +135,13 @@ ERRORS = [
     ),
     (lambda: ops.adaptive_log_scale(0, 1, 1), "`n` must be a number of keys, 1 or more.*0"),
     (lambda: ops.adaptive_log_scale(3, np.inf, 1), "`beta` must be a finite number.*inf"),
+    (lambda: layers.LogLengthScale(use_bias="no"), "`use_bias` must be True or False.*'no'"),
+    (
+        lambda: layers.AdaptiveLogScale()(
+            np.ones((1, 1, 1, 3), "int32"), np.zeros((1, 3, 2, 4), "float32")
+        ),
+        r"`n` must be broadcastable to \[B, H, T\].*\(1, 1, 1, 3\)",
+    ),
     (lambda: layers.QueryAwareScale(0), "`hidden_size` must be a positive integer.*=0"),
     (
         lambda: layers.Softmax(length_scale=layers.QueryAwareScale())(np.zeros((2, 3), "float32")),

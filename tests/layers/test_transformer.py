@@ -196,6 +196,12 @@ ERRORS = [
         lambda x: TransformerBlock(3, normalizer=layers.SSMax(axis=1)),
         "`normalizer` must have axis=-1.*axis=1",
     ),
+    (lambda x: FeedForward(4, gated="no"), "`gated` must be True or False.*'no'"),
+    (lambda x: FeedForward(4, use_bias=None), "`use_bias` must be True or False.*None"),
+    (
+        lambda x: TransformerBlock(3, cross_attention=2),
+        "`cross_attention` must be True or False.*2",
+    ),
     (lambda x: FeedForward(0), "`inner_size` must be a positive integer.*0"),
 ]
 

@@ -146,6 +146,8 @@ def test_segments_of_more_rows_than_are_counted_at_a_time():
 
 
 ERRORS = [
+    ({"causal": "no"}, ValueError, "`causal` must be True or False.*'no'"),
+    ({"causal": None}, ValueError, "`causal` must be True or False.*None"),
     ({"window": 0}, ValueError, "`window` must be a positive integer or None.*window=0"),
     ({"window": -3}, ValueError, "`window` must be a positive integer or None.*-3"),
     ({"window": 2.0}, ValueError, "`window` must be a positive integer or None.*2.0"),

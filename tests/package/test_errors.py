@@ -109,6 +109,7 @@ ATTENTION = [
         ValueError,
         "`key` and `value` must have the same length",
     ),
+    ((X, X, X), {"causal": 1}, ValueError, "`causal` must be True or False.*causal=1"),
     ((X, X, X), {"window": -1}, ValueError, "`window` must be a positive integer"),
     ((X, X, X), {"mask": zeros(5, 5)}, TypeError, "`mask` must be a boolean mask"),
     (

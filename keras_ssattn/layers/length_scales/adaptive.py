@@ -70,19 +70,13 @@ class AdaptiveLogScale(QueryScale):
         self.gamma_kernel = self.add_parameter("gamma_kernel", (num_heads, size), "zeros")
         self.gamma_bias = self.add_parameter("gamma_bias", (num_heads,), "zeros")
 
-    def call(self, n: Tensor, query: Tensor | None = None) -> Tensor:
-        if query is None:
-            raise ValueError(self.no_query())
-        query = ops.cast(query, self.result_dtype(query))
-
+    def factor(self, n: Tensor, query: Tensor) -> Tensor:
         def of_query(kernel: Tensor, bias: Tensor) -> Tensor:  # [B, T, H]
             kernel, bias = (cast(ops.convert_to_tensor(w), query.dtype) for w in (kernel, bias))
             return ops.sum(query * kernel, -1) + bias
 
         beta = ops.softplus(of_query(self.beta_kernel, self.beta_bias))
         gamma = 2.0 * ops.tanh(of_query(self.gamma_kernel, self.gamma_bias))
-        while len(n.shape) < 3:
-            n = ops.expand_dims(n, 0)
         n = ops.transpose(n, (0, 2, 1))  # [B|1, T|1, H|1]
         return ops.expand_dims(adaptive_log_scale(n, beta, gamma, self.delta), -1)
 

@@ -1,6 +1,7 @@
 """The base class of length scales that take the query as well as n."""
 
 import keras
+from keras import ops
 
 from keras_ssattn._tensors import dtype_of
 from keras_ssattn._typing import DType, Shape, Tensor
@@ -8,7 +9,11 @@ from keras_ssattn.layers.length_scales.base import LengthScale
 
 
 class QueryScale(LengthScale):
-    """A length scale of which `call(n, query)` returns a factor for each query or its features."""
+    """A length scale of which `factor(n, query)` is that of each query or of its features.
+
+    A subclass has `add_parameters` and `factor`. Its n is `[B or 1, H or 1, T or 1]`, and its query
+    `[B, T, H, D]` in the dtype of the result.
+    """
 
     uses_count = True
     uses_query = True
@@ -22,6 +27,21 @@ class QueryScale(LengthScale):
                 f"num_heads={self.num_heads}, query with shape {tuple(query_shape)}"
             )
         self.add_parameters(self.num_heads or 1, query_shape[3])
+
+    def call(self, n: Tensor, query: Tensor | None = None) -> Tensor:
+        if query is None:
+            raise ValueError(self.no_query())
+        if len(n.shape) > 3:
+            raise ValueError(
+                f"`n` must be broadcastable to [B, H, T]. Received: n with shape {tuple(n.shape)}"
+            )
+        while len(n.shape) < 3:
+            n = ops.expand_dims(n, 0)
+        return self.factor(n, ops.cast(query, self.result_dtype(query)))
+
+    def factor(self, n: Tensor, query: Tensor) -> Tensor:
+        """The factor, broadcastable to the query."""
+        raise NotImplementedError
 
     def add_parameters(self, num_heads: int, size: int) -> None:
         """Adds the weights, for so many heads (1 for all of them) of a size."""

@@ -70,16 +70,11 @@ class QueryAwareScale(QueryScale):
         self.gate_kernel = self.add_parameter("gate_kernel", (hidden, size), "zeros")
         self.gate_bias = self.add_parameter("gate_bias", (size,), "zeros")
 
-    def call(self, n: Tensor, query: Tensor | None = None) -> Tensor:
-        if query is None:
-            raise ValueError(self.no_query())
-        dtype = self.result_dtype(query)
-        log_n: Tensor = log_length_scale(ops.cast(n, dtype))
-        while len(log_n.shape) < 3:
-            log_n = ops.expand_dims(log_n, 0)
+    def factor(self, n: Tensor, query: Tensor) -> Tensor:
+        log_n: Tensor = log_length_scale(ops.cast(n, dtype_of(query)))
         hidden = _layer(ops.expand_dims(log_n, -1), self.count_kernel, self.count_bias)
         factor = _layer(_gelu(hidden), self.factor_kernel, self.factor_bias)  # [B|1, H|1, T|1, D]
-        hidden = _layer(ops.cast(query, dtype), self.query_kernel, self.query_bias)
+        hidden = _layer(query, self.query_kernel, self.query_bias)
         gate = ops.tanh(_layer(_gelu(hidden), self.gate_kernel, self.gate_bias))  # [B, T, H, D]
         return ops.transpose(factor, (0, 2, 1, 3)) * (1.0 + gate)
 
