@@ -19,6 +19,7 @@ from support.helpers import relative_error, to_numpy
 import keras_ssattn
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks"
+BACKENDS = ("tensorflow", "jax", "torch")
 SIZES = {"embed_dim": 12, "num_heads": 2, "num_layers": 2, "window_size": 7}
 LAYERS_OF_BLOCK = {  # of the reference: of our block
     "attention_norm": "attention_norm",
@@ -176,11 +177,18 @@ def test_softpick_state_is_the_same_attention(tmp_path):
         assert row["bytes_ratio"] == pytest.approx((row["length"] + size) / (2 * row["length"]))
 
 
-def assert_in_readme(printed, tables):
-    found = printed.strip().split("\n\n")
-    assert len(found) == tables
-    for table in found:
-        assert table in (BENCHMARKS.parents[1] / "README.md").read_text()
+def tables_of(printed):
+    """The cells of each table of Markdown, by the name of its row."""
+    tables = [table.splitlines()[2:] for table in printed.strip().split("\n\n")]
+    rows = ((line.strip("|").split("|") for line in lines) for lines in tables)
+    return [{name.strip(" `"): cells for name, *cells in table} for table in rows]
+
+
+def rows_of(path, **chosen):
+    """The rows of a result file with these entries, by name and pass."""
+    rows = json.loads(path.read_text())["rows"]
+    rows = [row for row in rows if chosen.items() <= row.items()]
+    return {(row["name"], row["pass"]): row for row in rows}
 
 
 def test_the_tables_of_attention_are_those_of_the_results(tmp_path):
@@ -190,7 +198,17 @@ def test_the_tables_of_attention_are_those_of_the_results(tmp_path):
     command = [sys.executable, str(script), "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_in_readme(done.stdout, tables=2)
+    ratios, alone = tables_of(done.stdout)
+    for column, backend in enumerate(BACKENDS):
+        longest = rows_of(tmp_path / f"attention-{backend}.json", length=8192, dtype="float32")
+        single = rows_of(tmp_path / f"attention-131072-{backend}.json", dtype="float32")
+        for normalizer in ("ssmax", "softpick", "rectified_softpick"):
+            fused = backend == "torch" and normalizer == "ssmax"
+            row = longest[f"{normalizer}, {'fused' if fused else 'tiled'}", "forward + backward"]
+            expected = f"{row['seconds_ratio']:.2f} time, {row['gibibytes_ratio']:.3f} memory"
+            assert expected in ratios[normalizer][column]
+            row = single[f"{normalizer}, tiled", "forward + backward"]
+            assert f"{row['gibibytes']:.2f} GiB" in alone[normalizer][column]
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -198,7 +216,15 @@ def test_the_tables_of_generation_are_those_of_the_results():
     script = BENCHMARKS / "generation_report.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_in_readme(done.stdout, tables=2)
+    speed, _ = tables_of(done.stdout)
+    for i, backend in enumerate(BACKENDS):
+        path = BENCHMARKS / "results" / f"generation-{backend}.json"
+        for row in json.loads(path.read_text())["rows"]:
+            if row.get("batch") in (1, 8) and "tokens_per_second" in row:
+                cell = speed[row["name"]][2 * i + (row["batch"] == 8)]
+                assert f" {row['tokens_per_second']:.0f} " in cell
+                if row["name"] not in ("keras_hub", "transformers"):
+                    assert f"x {row['ratio']:.2f}" in cell
 
 
 @pytest.mark.parametrize("normalizer", COMPARED)
