@@ -75,8 +75,7 @@ SMALL = Settings(
 def make_model(normalizer, settings, num_utterances):
     """Returns a compiled classifier: the package's transformer and one dense layer.
 
-    The string "ssmax" is the package's default, s = 1 in every head. To start as ordinary
-    softmax on average, give `SSMax(init_s="auto", train_length=29)` in its place.
+    By its name SSMax starts near softmax. `SSMax(init_s=...)` in its place starts elsewhere.
     """
     encoder = keras_ssattn.build(
         embed_dim=data.NUM_FEATURES,

@@ -7,6 +7,7 @@ import keras
 from keras_ssattn import _checks, _tensors, layers, models, ops
 from keras_ssattn._typing import ArrayLike, Option, Shape, Tensor
 from keras_ssattn.layers import masks
+from keras_ssattn.layers.length_scales.log import INIT_S
 from keras_ssattn.models import output_size
 from keras_ssattn.models.sequence import build_attention
 
@@ -53,7 +54,7 @@ def compute(
 def layer(
     inputs: ArrayLike,
     name: str = "ssmax",
-    init_s: float | str = 1.0,
+    init_s: float | str = INIT_S,
     formula: Formula = "scale",
     **options: Option,
 ) -> Tensor:
@@ -62,7 +63,7 @@ def layer(
     Args:
         inputs: logits, a symbolic tensor `[..., n]`, or an eager one.
         name: of the layer.
-        init_s: initial s.
+        init_s: initial s; see `keras_ssattn.layers.LogLengthScale`.
         formula: `"scale"`, or `"shift"` for an `EdificeSSMax`; see `compute`.
         **options: of `keras_ssattn.layers.SSMax`.
 

@@ -40,9 +40,13 @@ def run_all(
         only: the arms to run; all by default.
     """
     config = read_config(config_file, small)
+    conditions = config.pop("conditions", {"": {}})
+    tasks = {condition: {**config, **options} for condition, options in conditions.items()}
+    known = {arm for task in tasks.values() for arm in task["arms"]}
+    if unknown := set(only or ()) - known:
+        raise ValueError(f"`only` must name arms: {sorted(known)}. Received: {sorted(unknown)}")
     chosen: dict[str, dict[str, list[Record]]] = {}
-    for condition, options in config.pop("conditions", {"": {}}).items():
-        task = {**config, **options}
+    for condition, task in tasks.items():
         found = chosen[condition] = {}
 
         def run(
@@ -50,7 +54,7 @@ def run_all(
         ) -> Record:
             return _run(task, condition, arm, rate, seed, results, run_one)
 
-        for arm in only or task["arms"]:
+        for arm in task["arms"] if only is None else [x for x in only if x in task["arms"]]:
             # an arm that goes on from another one's training goes on from that one's rate
             source = task["arms"][arm].get("from")
             rates = task["learning_rates"] if source is None else [best_rate(found[source])]

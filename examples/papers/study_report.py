@@ -24,7 +24,8 @@ SHOWN = {
     "ssmax, s from 0.2": "SSMax, s from 0.2",
     "ssmax": "SSMax, s from 1",
 }
-STARTS = list(SHOWN)[:-1]  # the arms of margins.json; the last is of tables.json
+STARTS = list(SHOWN)[:-1]  # the arms of margins.json; the last is of the other experiments
+AUTO = "ssmax, s from 1/mean(log n)"
 
 
 def conditions(results: pathlib.Path) -> dict[str, Arms]:
@@ -56,16 +57,41 @@ def margins(folder: pathlib.Path = RESULTS) -> str:
     for name, arms in conditions(folder / "margins.jsonl").items():
         softmax = arms["softmax"]
         first, *_, last = softmax[0]["by_length"]
+        ends = (first, last)
         rows.append(
             [
                 name,
                 spread(at(softmax, first, "accuracy")),
                 *(spread(at(arms[x], last, "accuracy")) if x in arms else "" for x in STARTS),
-                " to ".join(f"{np.mean(at(softmax, x, 'margin')):.1f}" for x in (first, last)),
+                *(
+                    " to ".join(f"{np.mean(at(softmax, x, measure)):.{digits}f}" for x in ends)
+                    for measure, digits in (("margin", 1), ("weight", 2))
+                ),
             ]
         )
     header = ["", f"softmax, {first} items", *(f"{SHOWN[x]}, {last} items" for x in STARTS)]
-    return table([*header, f"margin of softmax, {first} to {last} items"], rows)
+    both = f"{first} to {last} items"
+    return table([*header, f"margin of softmax, {both}", f"weight of softmax, {both}"], rows)
+
+
+def normalizers(folder: pathlib.Path = RESULTS) -> str:
+    """Accuracy among few and among the most items, for every arm of two conditions."""
+    found = conditions(folder / "margins.jsonl")
+    names = ("learned keys", "noisy keys")
+    lengths = list(found[names[0]]["softmax"][0]["by_length"])
+    rows = [
+        [
+            SHOWN.get(arm, arm.replace("_", " ")),
+            *(
+                spread(at(found[name][arm], x, "accuracy"))
+                for name in names
+                for x in (lengths[0], lengths[-1])
+            ),
+        ]
+        for arm in found[names[0]]
+        if arm not in ("ssmax, s from 0.43", "ssmax, s from 0.2")
+    ]
+    return table(["", *(f"{x}, {n} items" for x in names for n in (lengths[0], lengths[-1]))], rows)
 
 
 def draw_margins(folder: pathlib.Path = RESULTS) -> None:
@@ -154,6 +180,71 @@ def draw_tables(folder: pathlib.Path = RESULTS) -> None:
             values = [x["loss"] for x in losses.values()]
             axis.plot([int(x) for x in losses], values, style, color="gray", label=fitted)
     finish(figure, axes, "rows in context", "log-loss", folder / "tables.png")
+
+
+# --- Language models -------------------------------------------------------------------------
+
+LANGUAGE_MODELS = ("study_positions", "study_starts_language_model", "study_bible")
+PARTS = {"1 x length": (0, 2), "2 to 4": (2, 8), "10 to 20": (20, 40)}  # in half lengths
+
+
+def language_models(folder: pathlib.Path = RESULTS) -> str:
+    """The loss by position of every scheme of positions and arm, in nats per byte."""
+    rows = []
+    for file in LANGUAGE_MODELS:
+        for name, arms in conditions(folder / f"{file}.jsonl").items():
+            text = f"{name}, another text" if file == "study_bible" else name
+            for arm, runs in arms.items():
+                losses = [run["loss_by_position"]["1"] for run in runs]
+                rows.append(
+                    [
+                        f"{text}: {SHOWN.get(arm, arm.replace('_', ' '))}",
+                        f"{runs[0]['learning_rate']:g}",
+                        *(spread([np.mean(x[slice(*p)]) for x in losses]) for p in PARTS.values()),
+                    ]
+                )
+    return table(["", "learning rate", *PARTS], rows)
+
+
+def copies(folder: pathlib.Path = RESULTS) -> str:
+    """By how much the second copy of a passage has a lower loss than the first, by distance."""
+    rows = []
+    for name, arms in conditions(folder / "study_copies.jsonl").items():
+        for arm, runs in arms.items():
+            found = [run["copies"] for run in runs]
+            rows.append(
+                [
+                    f"{name}: {SHOWN.get(arm, arm)}",
+                    *(spread([x[d]["first"] - x[d]["second"] for x in found]) for d in found[0]),
+                ]
+            )
+    return table(["", *(f"{d} bytes" for d in found[0])], rows)
+
+
+# --- Sinks -----------------------------------------------------------------------------------
+
+SINKS = {
+    "right copies": ("copy_accuracy", 2),
+    "loss above the least, bigrams": ("bigram_loss", 3),
+    "weight on the first token": ("weight_on_first", 2),
+    "sum of the weights": ("sum_of_weights", 2),
+    "value of the first token": ("value_norm_of_first", 2),
+    "kurtosis": ("kurtosis", 1),
+}
+
+
+def sinks(folder: pathlib.Path = RESULTS) -> str:
+    """What attention does where it has nothing to do; of several heads, the most on the first."""
+    rows = []
+    for arm, runs in load(folder / "sinks.jsonl").items():
+        cells = []
+        for measure, digits in SINKS.values():
+            heads = [np.argmax(run["weight_on_first"]) for run in runs]
+            values = [np.ravel(run[measure]) for run in runs]
+            chosen = [x[h if len(x) > 1 else 0] for x, h in zip(values, heads, strict=True)]
+            cells.append(spread(chosen, f".{digits}f"))
+        rows.append([SHOWN.get(arm, arm.replace("_", " ")), *cells])
+    return table(["", *SINKS], rows)
 
 
 if __name__ == "__main__":

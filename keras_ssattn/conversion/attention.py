@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_ssattn._typing import Config, Identifier, Tensor
@@ -82,13 +81,3 @@ def options_of_layer(layer: keras.Layer) -> Config:
     kept = vars(layer)
     names = inspect.signature(type(layer).__init__).parameters
     return {name: kept.get(f"_{name}", kept.get(name)) for name in ("name", *names)}
-
-
-def initial_s(train_length: int, causal: bool, window: int | None) -> float:
-    """Returns 1 / mean(log n) over the numbers n of keys that `train_length` queries see."""
-    position = np.arange(1, train_length + 1)
-    reach = train_length if window is None else window
-    last = position if causal else np.minimum(position + reach - 1, train_length)
-    n = last - np.maximum(position - reach, 0)
-    mean = float(np.mean(np.log(n)))
-    return 1.0 if mean == 0 else 1.0 / mean  # with a window of 1, s has no effect

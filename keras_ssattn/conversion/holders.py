@@ -24,6 +24,7 @@ from keras_ssattn._typing import Config, Identifier, Layer
 from keras_ssattn.conversion import attention, hub
 from keras_ssattn.conversion.substitution import substituted
 from keras_ssattn.layers import MultiHeadAttention, SSMax
+from keras_ssattn.layers.length_scales.log import s_like_softmax
 
 
 def substitutes() -> dict[type, Callable[[Config, Identifier], keras.Layer]]:
@@ -94,7 +95,7 @@ class Conversion:
             )
         if self.train_length is not None:
             window = hub.window_of(cls, options)
-            normalizer = SSMax(init_s=attention.initial_s(self.train_length, self.causal, window))
+            normalizer = SSMax(init_s=s_like_softmax(self.train_length, self.causal, window))
         return substitutes()[cls](options, normalizer)
 
 

@@ -20,9 +20,11 @@ from keras_ssattn.layers import (
     LastTimestep,
     MeanPool,
     MultiHeadAttention,
+    SSMax,
     TransformerBlock,
     normalizers,
 )
+from keras_ssattn.layers.length_scales.log import s_like_softmax
 from keras_ssattn.layers.norms import NORM_EPSILON, LayerNormalization
 from keras_ssattn.layers.per_layer import specify_rotary
 
@@ -102,7 +104,9 @@ def build(
         dropout: rate of dropout.
         window_size: number of steps, T; `None` for any.
         normalizer: `"ssmax"`, `"softpick"`, `"rectified_softpick"`, `"sink_softmax"`,
-            `"softmax"`, or a layer such as `SSMax(init_s="auto", train_length=60)`.
+            `"softmax"`, or a layer such as `SSMax(init_s=1.0)`. By the name `"ssmax"` s starts at
+            1 / mean(log n) over the `window_size` steps, so that the model starts as softmax on
+            average; with `window_size=None` where `SSMax` starts.
         output_mode: `"last_timestep"` (under a mask, the last step that it leaves), `"all"`
             or `"mean_pool"`.
         final_norm: whether to apply the final layer normalization.
@@ -158,6 +162,10 @@ def build(
     check_choice("output_mode", output_mode, OutputMode)
     final_norm = check_flag("final_norm", final_norm)
     check_divides("num_heads", num_heads, "hidden_size", hidden_size)
+    causal = check_flag("causal", causal)
+    sliding_window = check_integer("sliding_window", sliding_window, optional=True)
+    if normalizer == "ssmax" and window_size is not None:
+        normalizer = SSMax(init_s=s_like_softmax(window_size, causal, sliding_window))
     normalizer, rotary = normalizers.get_for_attention(normalizer), specify_rotary(rotary)
     prefix = normalizers.name_of(normalizer)
     inputs = keras.Input((window_size, embed_dim), name="state_sequence")

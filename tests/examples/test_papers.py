@@ -169,6 +169,17 @@ def test_the_learning_rate_is_chosen_within_each_condition(tmp_path):
     assert len(calls) == 6
 
 
+def test_only_the_arms_that_are_named_run(tmp_path):
+    """Also where a condition has arms of its own."""
+    config = {"arms": {"a": {}, "b": {}}, "learning_rates": [0.1], "seeds": [0]}
+    file, results = tmp_path / "config.json", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({**config, "conditions": {"own": {"arms": {"c": {}}}, "both": {}}}))
+    runs.run_all(file, results, lambda *_: {"validation": 1.0}, only=["b"])
+    assert [(x["condition"], x["arm"]) for x in runs.read_runs(results)] == [("both", "b")]
+    with pytest.raises(ValueError, match=r"`only` must name arms: \['a', 'b', 'c'\].*\['d'\]"):
+        runs.run_all(file, results, lambda *_: {"validation": 1.0}, only=["d"])
+
+
 def test_the_task_has_one_answer(rng):
     config = {"keys": 11, "values": 5, "queries": 3}
     tokens, answers, places = retrieval.draw_task(rng, config, 7, 29)

@@ -13,7 +13,7 @@ import training
 
 PAPERS = pathlib.Path(__file__).parents[2] / "examples" / "papers"
 STUDY = PAPERS / "study"
-NAMES = ["positions", "starts_language_model", "bible"]
+NAMES = ["positions", "starts_language_model", "bible", "copies"]
 
 
 @pytest.fixture(scope="module")

@@ -299,6 +299,7 @@ def test_mixed_precision(normalizer, policy, data):
         to_numpy(layer.key_dense(data["value"])),
         to_numpy(layer.value_dense(data["value"])),
         normalizer,
+        s=0.2,
         causal=True,
         return_weights=True,
     )

@@ -10,8 +10,8 @@ from support.cases import NAMES, randomize
 from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
-from keras_ssattn import softpick, ssmax
-from keras_ssattn.layers import RotaryEmbedding, TransformerBlock
+from keras_ssattn import ops, softpick, ssmax
+from keras_ssattn.layers import RotaryEmbedding, SSMax, TransformerBlock
 
 
 def small(**options):
@@ -47,6 +47,33 @@ def test_defaults():
     # 4 projections, two layer norms and 256 -> 1024 -> 256 a block, one s a head; a last norm
     per_block = 4 * (256 * 256 + 256) + 4 * 256 + (256 * 1024 + 1024) + (1024 * 256 + 256) + 4
     assert model.count_params() == 6 * per_block + 2 * 256
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": False}, {"sliding_window": 3}, {"sliding_window": 3, "causal": False}],
+)
+def test_ssmax_starts_as_softmax_over_the_window(options):
+    """s log n is 1 on average over the queries; n by the masks of attention."""
+    s = to_numpy(small(**options).get_layer("ssmax_block_2").attention.normalizer.s)
+    n = ops.key_count(
+        7, 7, causal=options.get("causal", True), window=options.get("sliding_window")
+    )
+    np.testing.assert_allclose(s, 1 / np.mean(np.log(to_numpy(n))), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({"window_size": None}, 0.2),  # where the layer starts
+        ({"window_size": 1}, 0.2),  # of one key s has no effect
+        ({"normalizer": SSMax()}, 0.2),
+        ({"normalizer": SSMax(init_s=1.0)}, 1.0),
+    ],
+)
+def test_ssmax_starts_where_it_is_told(options, start):
+    s = small(**options).get_layer("ssmax_block_1").attention.normalizer.s
+    np.testing.assert_allclose(to_numpy(s), start, rtol=1e-6)
 
 
 def test_names_of_variables_are_stable():
@@ -281,7 +308,7 @@ def test_layer(rng):
         oracle.normalize("ssmax", logits, s=0.5),
         oracle.normalize("softpick", logits),
         oracle.normalize("rectified_softpick", logits, epsilon=0.5),
-        oracle.normalize("ssmax", logits),
+        oracle.normalize("ssmax", logits, s=0.2),
     ]
     for actual, wanted in zip(model(logits), expected, strict=True):
         np.testing.assert_allclose(to_numpy(actual), wanted, rtol=1e-6)

@@ -61,7 +61,9 @@ def test_learned_parameters_of_the_normalizer(normalizer, learned):
 def test_fixed_s_is_a_non_trainable_weight(normalizer):
     model = attention_model(normalizer)
     assert [w.name for w in model.non_trainable_weights] == ["s"]
-    np.testing.assert_array_equal(to_numpy(model.non_trainable_weights[0]), [1.0, 1.0])
+    np.testing.assert_array_equal(
+        to_numpy(model.non_trainable_weights[0]), np.full(2, 0.2, "float32")
+    )
 
 
 @pytest.mark.parametrize("in_attention", [True, False])

@@ -9,7 +9,7 @@ from keras_ssattn._checks import check_number
 from keras_ssattn._keras.serialization import Specification, check_options
 from keras_ssattn._tensors import to_tensor
 from keras_ssattn._typing import Axis, Config, Identifier, Shape, Tensor
-from keras_ssattn.layers.length_scales.log import LogLengthScale, check_init_s
+from keras_ssattn.layers.length_scales.log import INIT_S, LogLengthScale, check_init_s
 from keras_ssattn.layers.masks import align_left
 from keras_ssattn.layers.normalizers.base import Normalizer
 from keras_ssattn.ops import kernels, normalizers
@@ -47,7 +47,8 @@ class SSMax(Normalizer):
 
     Args:
         axis: the axis, or axes, to normalize over. Defaults to the last one.
-        init_s: initial s, a finite number, or `"auto"` with `train_length`; see `LogLengthScale`.
+        init_s: initial s, a finite number, or `"auto"` with `train_length`; see
+            `LogLengthScale`. Defaults to 0.2.
         use_bias: whether to learn b, which starts at 0. The paper finds that b lowers the
             training loss and harms longer contexts.
         train_length: the training length for `init_s="auto"`.
@@ -83,7 +84,7 @@ class SSMax(Normalizer):
     def __init__(
         self,
         axis: Axis = -1,
-        init_s: float | str = 1.0,
+        init_s: float | str = INIT_S,
         use_bias: bool = False,
         train_length: int | None = None,
         num_heads: int | None = None,
