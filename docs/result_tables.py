@@ -150,7 +150,11 @@ def speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "margins": study_report.margins,
+    "normalizers": study_report.normalizers,
     "tables": study_report.tables,
+    "copies": study_report.copies,
+    "language_models": study_report.language_models,
+    "sinks": study_report.sinks,
     "comparison": lambda: comparison_report.markdown(
         {x: result(f"results/{x}.json") for x in ("moe_routing", "feature_selection")}
     ),

@@ -25,7 +25,11 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """`@pytest.mark.backend("jax")` is for tests of what the other backends do not have."""
+    """`@pytest.mark.backend("jax")` is for tests of what the other backends do not have.
+
+    Those marked `first` come first, so that the workers end at the same time.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     for item in items:
         for marker in item.iter_markers("backend"):
             if not marker.args or not set(marker.args) <= set(BACKENDS):

@@ -236,7 +236,7 @@ SINKS = {
 def sinks(folder: pathlib.Path = RESULTS) -> str:
     """What attention does where it has nothing to do; of several heads, the most on the first."""
     rows = []
-    for arm, runs in load(folder / "sinks.jsonl").items():
+    for arm, runs in load(folder / "study_sinks.jsonl").items():
         cells = []
         for measure, digits in SINKS.values():
             heads = [np.argmax(run["weight_on_first"]) for run in runs]

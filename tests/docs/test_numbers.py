@@ -102,41 +102,164 @@ def test_retrieval():
     assert_on("when_it_helps", f"at the training length ({accuracy('ssmax', 64)} against 1.00)")
 
 
-def test_starts_of_s():
-    found = study_report.conditions(study_report.RESULTS / "margins.jsonl").values()
-    starts = study_report.STARTS[1:]
-    complete = [arms for arms in found if {*starts} <= {*arms}]
-    assert len(complete) >= 6
-    spreads = []
-    for arms in complete:
-        last = max(arms["softmax"][0]["by_length"], key=int)
-        spreads.append(
-            np.ptp([np.mean(study_report.at(arms[x], last, "accuracy")) for x in starts])
+# The study. A difference is one if the ranges over the seeds do not meet.
+
+AUTO = study_report.AUTO
+
+
+def above(values, others):
+    return min(values) > max(others)
+
+
+def alike(values, others):
+    return not above(values, others) and not above(others, values)
+
+
+def study(name):
+    return study_report.conditions(study_report.RESULTS / f"{name}.jsonl")
+
+
+def right_answers(arms, arm, end=-1):
+    """Among the most items, or the fewest, by seed."""
+    return study_report.at(arms[arm], list(arms[arm][0]["by_length"])[end], "accuracy")
+
+
+FEW = {"learned keys, weight decay 1", *(f"{x} keys, 1 question" for x in
+                                         ("learned", "noisy", "orthogonal"))}  # fmt: skip
+
+
+def test_where_softmax_fades():
+    found = study("margins")
+    assert {*found} > FEW
+    gaps = {}
+    for name, arms in found.items():
+        softmax, ssmax = (right_answers(arms, x) for x in ("softmax", AUTO))
+        gaps[name] = np.mean(ssmax) - np.mean(softmax)
+        assert (alike if name == "aggregate" else above)(ssmax, softmax), name
+        at_first = (right_answers(arms, x, 0) for x in (AUTO, "softmax"))
+        if name in FEW:
+            assert above(*at_first)
+        first, last = (
+            np.mean(study_report.at(arms["softmax"], x, "margin")) for x in ("64", "2048")
         )
-    limit = math.ceil(100 * max(spreads)) / 100
-    assert_on("when_it_helps", f"came within {limit:.2f} of each other")
+        assert (last > first - 0.1) == name.startswith("aggregate")
+    assert {*sorted(gaps, key=gaps.get)[-len(FEW) :]} == FEW
+    changed = [gaps[f"learned keys, {x}"] for x in ("QK-norm", "dropout 0.1 on weights")]
+    assert np.abs(np.subtract(changed, gaps["learned keys"])).max() < 0.05
+    noise = found["aggregate, noise 1"]
+    for arm in ("softmax", AUTO):
+        assert above(right_answers(noise, arm), right_answers(noise, arm, 0))
+
+
+def losses_of_table(arms, arm, name, count=None):
+    by_count = [run["by_table"][name] for run in arms[arm]]
+    return [x[count or list(x)[-1]]["loss"] for x in by_count]
+
+
+def test_starts_of_s():
+    """0.2 beside "auto", 1 and 0.43."""
+    low, *others = "ssmax, s from 0.2", AUTO, "ssmax, s from 1", "ssmax, s from 0.43"
+    ahead = {x: [] for x in others}
+    for name, arms in study("margins").items():
+        for other in others:
+            assert not above(right_answers(arms, other), right_answers(arms, low)), (name, other)
+            if above(right_answers(arms, low), right_answers(arms, other)):
+                ahead[other].append(name)
+    assert ahead == {AUTO: ["orthogonal keys", "orthogonal keys, 1 question"], others[1]: [],
+                     others[2]: []}  # fmt: skip
+    arms = study("tables")["in context"]
+    names = list(arms["softmax"][0]["by_table"])
+    ahead = {x: [] for x in (AUTO, "ssmax", "ssmax, s from 0.43")}
+    for name, other in itertools.product(names, ahead):
+        theirs, ours = (losses_of_table(arms, x, name) for x in (other, low))
+        assert not above(ours, theirs), (name, other)
+        if above(theirs, ours):
+            ahead[other].append(name)
+    assert ahead[AUTO] == ahead["ssmax, s from 0.43"] == []
+    text = f"than 1 on {len(ahead['ssmax'])} of the {len(names)} tables. s = 1"
+    assert_on("when_it_helps", text)
+    for name, arms in study("study_positions").items():
+        one, auto, softmax = (losses_of_text(arms, x) for x in ("ssmax", AUTO, "softmax"))
+        if name not in ("swan", "quarter rotary"):
+            assert above(one, auto)
+            assert alike(auto, softmax)
+
+
+def test_other_normalizers():
+    for name in ("learned keys", "noisy keys"):
+        arms = study("margins")[name]
+        found = {arm: right_answers(arms, arm) for arm in arms}
+        for arm in (AUTO, "softmax, QueryAwareScale", "softmax, AdaptiveLogScale"):
+            assert above(found[arm], found["softmax"])
+            assert alike(found[arm], found[AUTO])
+        fixed = found["ssmax, s fixed at 1/mean(log n)"]
+        assert above(fixed, found["softmax"])
+        assert (alike if name == "learned keys" else above)(found[AUTO], fixed)
+        assert alike(found["sink_softmax"], found["softmax"])
+        assert alike(found["softmax, gate"], found["softmax"])
+        assert above(found["softmax"], found["rectified_softpick"])
+        scaled = found["rectified_softpick, s log n"]
+        assert above(scaled, found["rectified_softpick"])
+        assert (alike if name == "learned keys" else above)(scaled, found["softmax"])
+        if name == "noisy keys":
+            assert np.mean(scaled) > np.mean(found[AUTO]) - 0.02
+        for arm in ("softpick", "softpick, s log n"):
+            assert max(right_answers(arms, arm, 0)) < 0.7
+
+
+def losses_of_text(arms, arm, part="1 x length"):
+    places = slice(*study_report.PARTS[part])
+    return [np.mean(run["loss_by_position"]["1"][places]) for run in arms[arm]]
+
+
+def test_loss_by_position():
+    for name, arms in study("study_positions").items():
+        for arm in arms:
+            first, last = (
+                np.mean(losses_of_text(arms, arm, x)) for x in ("1 x length", "10 to 20")
+            )
+            assert (last > first + 0.2) == (name != "swan"), (name, arm)
+    for file in ("study_positions", "study_starts_language_model", "study_bible"):
+        softmax = study("study_bible" if file == "study_bible" else "study_positions")["swan"]
+        arms = study(file)["swan"]
+        for arm, part in itertools.product(arms, study_report.PARTS):
+            if arm.startswith("ssmax"):
+                ours = losses_of_text(arms, arm, part)
+                assert alike(ours, losses_of_text(softmax, "softmax", part)), (file, arm, part)
+
+
+def test_copies():
+    arms = study("study_copies")["swan"]
+    kept = {}
+    for arm, runs in arms.items():
+        use = [[x["first"] - x["second"] for x in run["copies"].values()] for run in runs]
+        kept[arm] = np.mean(use, 0)[-1] / np.mean(use, 0)[0]
+    lost = {arm: f"{100 * (1 - x):.0f} %" for arm, x in kept.items()}
+    assert_on(
+        "when_it_helps",
+        f"softmax loses {lost['softmax']} of what the copy is worth, and SSMax {lost[AUTO]}. The",
+    )
+    for part in ("2 to 4", "10 to 20"):
+        plain, scaled = (losses_of_text(arms, x, part) for x in ("softmax", AUTO))
+        assert above(scaled, plain)
+    assert_on(
+        "when_it_helps", f"{np.mean(scaled):.2f} against {np.mean(plain):.2f} nats at 10 to 20"
+    )
 
 
 def test_tables_in_context():
-    """Where the ranges over the seeds do not meet."""
-    arms = study_report.conditions(study_report.RESULTS / "tables.jsonl")["in context"]
+    arms = study("tables")["in context"]
     names = list(arms["softmax"][0]["by_table"])
 
-    def losses(arm, name, count):
-        by_count = [run["by_table"][name] for run in arms[arm]]
-        return [x[count or list(x)[-1]]["loss"] for x in by_count]
-
     def better(arm, other, count=None):
-        pairs = ((losses(arm, x, count), losses(other, x, count)) for x in names)
-        return [name for name, (a, b) in zip(names, pairs, strict=True) if max(a) < min(b)]
+        pairs = ((losses_of_table(arms, y, x, count) for y in (other, arm)) for x in names)
+        return [name for name, pair in zip(names, pairs, strict=True) if above(*pair)]
 
-    auto = "ssmax, s from 1/mean(log n)"
-    on = better(auto, "softmax")
+    on = better(AUTO, "softmax")
     assert {*names} - {*on} == {"diabetes, above the median", "weather"}
-    assert better(auto, "softmax", "64") == on
+    assert better(AUTO, "softmax", "64") == on
     assert_on("when_it_helps", f"softmax on {len(on)} of the {len(names)} tables with all of their")
-    assert_on("when_it_helps", f"on {len(better(auto, 'ssmax'))} of the {len(names)} tables. In")
-    assert better("softmax", auto) == better("ssmax", auto) == []
+    assert better("softmax", AUTO) == better("ssmax", AUTO) == []
 
 
 # A released architecture

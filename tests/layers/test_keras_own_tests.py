@@ -9,6 +9,7 @@ import pytest
 from support import SCRIPTS
 
 
+@pytest.mark.first
 @pytest.mark.backend("torch", "tensorflow", reason="on JAX the same takes minutes of compiling")
 @pytest.mark.skipif(
     not keras.version().startswith("3.15."),
