@@ -182,7 +182,7 @@ def report_length_scale(folder: pathlib.Path, name: str) -> str:
 def save(figure: Any, path: pathlib.Path) -> None:
     """Writes a plot."""
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

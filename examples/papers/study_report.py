@@ -110,8 +110,8 @@ def draw_margins(folder: pathlib.Path = RESULTS) -> None:
 
 
 def grid(names: list[str]) -> tuple[Any, list[Any]]:
-    """A figure with a place for each name, and one more for the legend."""
-    rows = -(-(len(names) + 1) // 3)
+    """A figure with a place for each name."""
+    rows = -(-len(names) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(9, 2.4 * rows), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         axis.set_title(name, fontsize=9)
@@ -124,9 +124,12 @@ def grid(names: list[str]) -> tuple[Any, list[Any]]:
 
 
 def finish(figure: Any, axes: list[Any], x: str, y: str, path: pathlib.Path) -> None:
-    """Labels, the legend in the last place, and the file."""
+    """Labels, the legend below, and the file."""
     labels = {k: v for a in axes for v, k in zip(*a.get_legend_handles_labels(), strict=True)}
-    axes[-1].legend(labels.values(), labels.keys(), loc="center", fontsize=9, frameon=False)
+    figure.legend(
+        labels.values(), labels.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3,
+        fontsize=9, frameon=False,
+    )  # fmt: skip
     figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
     report.save(figure, path)
@@ -206,26 +209,44 @@ def language_models(folder: pathlib.Path = RESULTS) -> str:
     return table(["", "learning rate", *PARTS], rows)
 
 
+def worth_of_copies(run: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By how much the loss on the second copy is lower than on the first, by distance."""
+    return {d: {"worth": x["first"] - x["second"]} for d, x in run["copies"].items()}
+
+
 def copies(folder: pathlib.Path = RESULTS) -> str:
-    """By how much the second copy of a passage has a lower loss than the first, by distance."""
-    rows = []
-    for name, arms in conditions(folder / "study_copies.jsonl").items():
-        for arm, runs in arms.items():
-            found = [run["copies"] for run in runs]
-            rows.append(
-                [
-                    f"{name}: {SHOWN.get(arm, arm)}",
-                    *(spread([x[d]["first"] - x[d]["second"] for x in found]) for d in found[0]),
-                ]
-            )
-    return table(["", *(f"{d} bytes" for d in found[0])], rows)
+    """What a copy is worth by its distance, for each arm."""
+    [arms] = conditions(folder / "study_copies.jsonl").values()
+    found = {arm: list(map(worth_of_copies, runs)) for arm, runs in arms.items()}
+    distances = list(found["softmax"][0])
+    rows = [
+        [SHOWN[arm], *(spread([x[d]["worth"] for x in runs]) for d in distances)]
+        for arm, runs in found.items()
+    ]
+    return table(["", *(f"{d} bytes" for d in distances)], rows)
+
+
+def draw_copies(folder: pathlib.Path = RESULTS) -> None:
+    """What a copy is worth by its distance."""
+    [arms] = conditions(folder / "study_copies.jsonl").values()
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for i, (arm, runs) in enumerate(arms.items()):
+        band(axis, list(map(worth_of_copies, runs)), "worth", f"C{i}", SHOWN[arm])
+    axis.axvline(arms["softmax"][0]["settings"]["length"], color="gray", linestyle=":")
+    axis.set(xscale="log", xlabel="distance of the copies, bytes", ylabel="nats per byte")
+    axis.set_ylim(bottom=0)
+    axis.set_xticks([32, 64, 128, 256, 512, 1280], ["32", "64", "128", "256", "512", "1280"])
+    axis.minorticks_off()
+    axis.legend(fontsize=9, frameon=False)
+    report.save(figure, folder / "copies.png")
 
 
 # --- Sinks -----------------------------------------------------------------------------------
 
 SINKS = {
     "right copies": ("copy_accuracy", 2),
-    "loss above the least, bigrams": ("bigram_loss", 3),
+    "loss above the least": ("bigram_loss", 3),
+    "sink rate": ("sink_rate", 2),
     "weight on the first token": ("weight_on_first", 2),
     "sum of the weights": ("sum_of_weights", 2),
     "value of the first token": ("value_norm_of_first", 2),
@@ -234,16 +255,14 @@ SINKS = {
 
 
 def sinks(folder: pathlib.Path = RESULTS) -> str:
-    """What attention does where it has nothing to do; of several heads, the most on the first."""
-    rows = []
-    for arm, runs in load(folder / "study_sinks.jsonl").items():
-        cells = []
-        for measure, digits in SINKS.values():
-            heads = [np.argmax(run["weight_on_first"]) for run in runs]
-            values = [np.ravel(run[measure]) for run in runs]
-            chosen = [x[h if len(x) > 1 else 0] for x, h in zip(values, heads, strict=True)]
-            cells.append(spread(chosen, f".{digits}f"))
-        rows.append([SHOWN.get(arm, arm.replace("_", " ")), *cells])
+    """What attention does where it has nothing to do; mean over heads."""
+    rows = [
+        [
+            SHOWN.get(arm, arm.replace("_", " ")),
+            *(spread([np.mean(x[m]) for x in runs], f".{digits}f") for m, digits in SINKS.values()),
+        ]
+        for arm, runs in load(folder / "study_sinks.jsonl").items()
+    ]
     return table(["", *SINKS], rows)
 
 
@@ -253,3 +272,4 @@ if __name__ == "__main__":
     folder = parser.parse_args().results
     draw_margins(folder)
     draw_tables(folder)
+    draw_copies(folder)

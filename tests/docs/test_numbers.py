@@ -219,13 +219,22 @@ def test_loss_by_position():
                 np.mean(losses_of_text(arms, arm, x)) for x in ("1 x length", "10 to 20")
             )
             assert (last > first + 0.2) == (name != "swan"), (name, arm)
-    for file in ("study_positions", "study_starts_language_model", "study_bible"):
-        softmax = study("study_bible" if file == "study_bible" else "study_positions")["swan"]
+    quarter = study("study_positions")["quarter rotary"]
+    one, softmax = (losses_of_text(quarter, x, "10 to 20") for x in ("ssmax", "softmax"))
+    assert above(softmax, one)
+    softmax = study("study_positions")["swan"]
+    lost = {part: [] for part in study_report.PARTS}
+    for file in ("study_positions", "study_starts_language_model"):
         arms = study(file)["swan"]
-        for arm, part in itertools.product(arms, study_report.PARTS):
-            if arm.startswith("ssmax"):
-                ours = losses_of_text(arms, arm, part)
-                assert alike(ours, losses_of_text(softmax, "softmax", part)), (file, arm, part)
+        for arm, part in itertools.product([x for x in arms if "ssmax" in x], lost):
+            ours, theirs = (
+                losses_of_text(x, y, part) for x, y in ((arms, arm), (softmax, "softmax"))
+            )
+            lost[part].append(np.mean(ours) - np.mean(theirs))
+            assert part == "10 to 20" or alike(ours, theirs), (file, arm, part)
+    limit = math.ceil(100 * max(lost["10 to 20"])) / 100
+    assert min(lost["10 to 20"]) > 0
+    assert_on("when_it_helps", f"SSMax loses up to {limit:.2f} nats to softmax")
 
 
 def test_copies():
@@ -260,6 +269,10 @@ def test_tables_in_context():
     assert better(AUTO, "softmax", "64") == on
     assert_on("when_it_helps", f"softmax on {len(on)} of the {len(names)} tables with all of their")
     assert better("softmax", AUTO) == better("ssmax", AUTO) == []
+    assert better("query-aware scale", "softmax") == on
+    assert better("query-aware scale", AUTO) == []
+    for pair in ("softmax", "rectified softpick"), ("rectified softpick", "softmax"):
+        assert better(*pair) == []
 
 
 # A released architecture

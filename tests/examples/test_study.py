@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -215,4 +216,6 @@ def test_tables_and_figures_are_made_of_the_stored_runs(tmp_path):
     assert study_report.margins(tmp_path) == study_report.margins()
     study_report.draw_margins(tmp_path)
     study_report.draw_tables(tmp_path)
-    assert {x.name for x in tmp_path.glob("*.png")} == {"margins.png", "tables.png"}
+    shutil.copy(study_report.RESULTS / "study_copies.jsonl", tmp_path)
+    study_report.draw_copies(tmp_path)
+    assert {x.stem for x in tmp_path.glob("*.png")} == {"margins", "tables", "copies"}
