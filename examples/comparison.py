@@ -7,6 +7,7 @@ reported of the test part is that of the choice, and no choice depends on it.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from keras_ssattn import layers
 
 NORMALIZERS = {
     "softmax": layers.Softmax,
-    "ssmax": layers.SSMax,
+    "ssmax": functools.partial(layers.SSMax, init_s=1.0),  # n does not vary: s is a temperature
     "softpick": layers.Softpick,
     "rectified_softpick": layers.RectifiedSoftpick,
 }

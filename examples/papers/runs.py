@@ -54,9 +54,13 @@ def run_all(
         ) -> Record:
             return _run(task, condition, arm, rate, seed, results, run_one)
 
-        for arm in task["arms"] if only is None else [x for x in only if x in task["arms"]]:
+        for arm in [x for x in task["arms"] if only is None or x in only]:
             # an arm that goes on from another one's training goes on from that one's rate
             source = task["arms"][arm].get("from")
+            if source not in (None, *found):
+                raise ValueError(
+                    f"`only` must name {source!r}, which {arm!r} goes on from. Received: {only}"
+                )
             rates = task["learning_rates"] if source is None else [best_rate(found[source])]
             seeds = task["seeds"]
             first = [run(arm, rate, seeds[0]) for rate in rates]

@@ -178,6 +178,9 @@ def test_only_the_arms_that_are_named_run(tmp_path):
     assert [(x["condition"], x["arm"]) for x in runs.read_runs(results)] == [("both", "b")]
     with pytest.raises(ValueError, match=r"`only` must name arms: \['a', 'b', 'c'\].*\['d'\]"):
         runs.run_all(file, results, lambda *_: {"validation": 1.0}, only=["d"])
+    file.write_text(json.dumps({**config, "arms": {"a": {}, "b": {"from": "a"}}}))
+    with pytest.raises(ValueError, match="`only` must name 'a', which 'b' goes on from"):
+        runs.run_all(file, tmp_path / "new.jsonl", lambda *_: {"validation": 1.0}, only=["b"])
 
 
 def test_the_task_has_one_answer(rng):

@@ -25,8 +25,9 @@ class LogLengthScale(LengthScale):
     Args:
         init_s: initial s, a finite number. `"auto"` is the value at which the scale averages 1
             over n = 1 ... `train_length`: :math:`1 / \mathrm{mean}_n \log n`, so that
-            training starts at ordinary softmax on average. Defaults to 0.2, the value of "auto"
-            for about 400 keys; 1, as in version 0.1, is sharper than softmax from the start.
+            training under a causal mask starts at ordinary softmax on average. Without one n is
+            the length L, and :math:`1 / \log L` does so. Defaults to 0.2, the value of "auto"
+            for about 400 keys; 1, the default before 0.2, is sharper than softmax.
         use_bias: whether to learn b, which starts at 0.
         train_length: the training length for `init_s="auto"`, 2 or more.
         num_heads: `None` for scalar s and b; an integer for one of each per head, n then
@@ -127,6 +128,8 @@ def s_like_softmax(train_length: int, causal: bool = True, window: int | None = 
     reach = train_length if window is None else min(window, train_length)
     if causal:  # n = 1 ... reach, and from there on reach; the sum of log n is log(reach!)
         total = math.lgamma(reach + 1) + (train_length - reach) * math.log(reach)
+    elif reach == train_length:
+        total = train_length * math.log(train_length)
     else:
         position = np.arange(1, train_length + 1)
         n = np.minimum(position + reach - 1, train_length) - np.maximum(position - reach, 0)
