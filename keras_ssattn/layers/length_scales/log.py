@@ -78,7 +78,9 @@ class LogLengthScale(LengthScale):
 
     def start_of_s(self) -> float:
         """The value of s before training."""
-        return s_like_softmax(self.train_length or 2) if self.init_s == "auto" else self.init_s
+        if isinstance(self.init_s, str):
+            return s_like_softmax(self.train_length or 2)
+        return self.init_s
 
     def _add_parameter(self, name: str, value: float, trainable: bool = True) -> keras.Variable:
         return self.add_weight(
