@@ -232,6 +232,9 @@ def test_loss_by_position():
             )
             lost[part].append(np.mean(ours) - np.mean(theirs))
             assert part == "10 to 20" or alike(ours, theirs), (file, arm, part)
+    bible = study("study_bible")["swan"]
+    for part in lost:
+        assert alike(*(losses_of_text(bible, x, part) for x in ("softmax", AUTO)))
     limit = math.ceil(100 * max(lost["10 to 20"])) / 100
     assert min(lost["10 to 20"]) > 0
     assert_on("when_it_helps", f"SSMax loses up to {limit:.2f} nats to softmax")
