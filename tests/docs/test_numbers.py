@@ -16,6 +16,7 @@ import study_report
 from result_tables import BACKENDS, EXAMPLES, report, result
 
 from keras_ssattn.checkpoints.families import FAMILIES
+from keras_ssattn.layers import LogLengthScale
 from keras_ssattn.models import CausalLM
 
 
@@ -153,6 +154,21 @@ def test_where_softmax_fades():
     noise = found["aggregate, noise 1"]
     for arm in ("softmax", AUTO):
         assert above(right_answers(noise, arm), right_answers(noise, arm, 0))
+
+
+def test_learned_s():
+    names = ("learned keys", "noisy keys", "aggregate", "aggregate, noise 1")
+    arms = {name: study("margins")[name][AUTO] for name in names}
+    found = [
+        np.mean([s for run in runs_of for s in run["learned_scales"].values()])
+        for runs_of in arms.values()
+    ]
+    start = LogLengthScale(init_s="auto", train_length=64).start_of_s()
+    text = (
+        "From {:.2f} it grows to {:.2f} with learned keys and to {:.2f} with noisy ones, in the "
+        "mean over heads and seeds; for the aggregates it falls to {:.2f}, and to {:.2f} with"
+    )
+    assert_on("when_it_helps", text.format(start, *found))
 
 
 def losses_of_table(arms, arm, name, count=None):
