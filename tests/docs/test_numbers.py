@@ -284,23 +284,24 @@ def test_sinks():
 
     first, values = measured("weight_on_first"), measured("value_norm_of_first")
     softmax, *others = arms
-    assert all(above(first[softmax], first[x]) for x in others)
-    assert all(above(values[x], values[softmax]) for x in others)
-    assert all(min(values[x]) > 0.75 for x in others)
+    assert all(above(first[softmax], first[x]) for x in others[:2])
+    assert alike(first[softmax], first[others[2]])
+    assert max(values[softmax]) < 0.75
+    assert sum(np.mean(run["sink_rate"]) > 0 for run in arms[softmax]) == 1
     assert all(max(x) < 0.7 for arm, x in measured("sum_of_weights").items() if arm in others[:2])
     for measure in ("kurtosis", "bigram_loss"):
         assert all(alike(x, measured(measure)[softmax]) for x in measured(measure).values())
     assert min(min(x) for x in measured("copy_accuracy").values()) > 0.99
     even = np.mean(1 / np.arange(2, arms[softmax][0]["settings"]["length"] + 1))
     mean = {arm: f"{np.mean(x):.2f}" for arm, x in first.items()}
-    assert mean[others[0]] == mean[others[1]]
     assert_on(
         "when_it_helps",
         f"Softmax puts {mean[softmax]} of its weight on the first token, where even weights would "
         f"put {even:.2f}, and",
     )
-    assert_on("when_it_helps", f"a learned sink put {mean[others[0]]} on it")
-    assert_on("when_it_helps", f"A gate leaves {mean[others[2]]}.")
+    text = f"a learned sink put {mean[others[0]]} and {mean[others[1]]} on it"
+    assert_on("when_it_helps", text)
+    assert_on("when_it_helps", f"A gate leaves {mean[others[2]]}, which")
 
 
 def test_tables_in_context():
