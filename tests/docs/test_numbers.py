@@ -275,6 +275,46 @@ def test_copies():
     )
 
 
+def cells(name, row):
+    """Of a generated table, by its columns."""
+    header, _, *lines = result_tables.TABLES[name]().splitlines()
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
+    [found] = [line for line in split[1:] if line[0] == row]
+    return dict(zip(split[0], found, strict=True))
+
+
+def shown(values, digits=2):
+    low, mean, high = (f"{x:.{digits}f}" for x in (min(values), np.mean(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def test_cells_are_those_of_the_stored_runs():
+    """One of each table of the study, from the records alone."""
+    stored = runs.read_runs(study_report.RESULTS / "study_copies.jsonl")
+    last = [x["copies"]["1280"] for x in stored if x["arm"] == AUTO]
+    worth = [x["first"] - x["second"] for x in last]
+    assert cells("copies", "SSMax, s from 1/mean(log n)")["1280 bytes"] == shown(worth)
+    stored = runs.read_runs(study_report.RESULTS / "study_sinks.jsonl")
+    weights = [np.mean(x["weight_on_first"]) for x in stored if x["arm"] == "rectified_softpick"]
+    assert cells("sinks", "rectified softpick")["weight on the first token"] == shown(weights)
+    stored = runs.read_runs(study_report.RESULTS / "study_bible.jsonl")
+    losses = [
+        np.mean(x["loss_by_position"]["1"][20:])
+        for x in stored
+        if (x["arm"], x["learning_rate"]) == ("softmax", 0.003)
+    ]
+    assert cells("language_models", "swan, another text: softmax")["10 to 20"] == shown(losses)
+    stored = runs.read_runs(study_report.RESULTS / "margins.jsonl")
+    chosen = [
+        x["by_length"]["2048"]["accuracy"]
+        for x in stored
+        if (x["condition"], x["arm"], x["learning_rate"])
+        == ("noisy keys", "rectified_softpick, s log n", 0.01)
+    ]
+    found = cells("normalizers", "rectified softpick, s log n")
+    assert found["noisy keys, 2048 items"] == shown(chosen)
+
+
 def test_sinks():
     arms = study("study_sinks")[""]
     assert list(arms) == ["softmax", "rectified_softpick", "sink_softmax", "softmax, gate"]
