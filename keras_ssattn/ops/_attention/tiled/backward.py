@@ -12,9 +12,7 @@ from keras import ops
 from keras_ssattn._tensors import dtype_of, widen
 from keras_ssattn._typing import Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
-from keras_ssattn.ops._attention.tiled.band import Band
 from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles
-from keras_ssattn.ops.kernels import Kernel
 
 
 class Gradients(NamedTuple):
@@ -48,9 +46,8 @@ class QueryTile(NamedTuple):
     delta: Tensor
 
 
-def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> Gradients:
+def run(residuals: Residuals, upstream: Tensor, tiles: Tiles) -> Gradients:
     """The gradients, from what the forward pass kept and the gradient of its outputs."""
-    tiles = Tiles(residuals.queries, residuals.keys, residuals.values, kernel, band)
     dqs, sums = add(tiles, residuals, upstream, *start(tiles))
     return finish(tiles, residuals, upstream, dqs, sums)
 
@@ -68,9 +65,9 @@ def add(
     tiles: Tiles, residuals: Residuals, upstream: Tensor, dqs: Tensor, sums: Sums
 ) -> tuple[Tensor, Sums]:
     """Adds what the keys of `tiles` give to the gradients of the queries, and to their own."""
-    kernel, (queries, keys, values) = tiles.kernel, tiles.unstacked
-    parts = (residuals.outputs, residuals.maxima, residuals.totals, upstream)
-    outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
+    kernel = tiles.kernel
+    parts = (*residuals._replace(keys=tiles.keys, values=tiles.values), upstream)
+    queries, keys, values, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
     products = tiles.products if kernel.linear else None
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -75,11 +75,6 @@ class Tiles:
         return (*rows, 1), (*rows, 1), (*rows, self.values.shape[-1])
 
     @functools.cached_property
-    def unstacked(self) -> tuple[Tensor | list[Tensor], ...]:
-        """Queries, keys and values, to read by index."""
-        return tuple(stacks.unstack(x) for x in (self.queries, self.keys, self.values))
-
-    @functools.cached_property
     def products(self) -> Tensor | list[Tensor]:
         """The sum of k v^T over each tile: what the linear form keeps of it."""
         return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))
@@ -103,10 +98,10 @@ class Tiles:
 
 def run(tiles: Tiles) -> Residuals:
     """Attention over all tiles; the outputs are among the residuals."""
-    count = ops.shape(tiles.queries)[0]
+    count, add = ops.shape(tiles.queries)[0], adder(tiles)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows = finish(add(tiles, i, tiles.start()), tiles.kernel)
+        rows = finish(add(i, tiles.start()), tiles.kernel)
         return tuple(stacks.write(s, i, x) for s, x in zip(stores, rows, strict=True))
 
     stores = tuple(stacks.empty(count, x, tiles.dtype) for x in tiles.row_shapes)
@@ -115,17 +110,23 @@ def run(tiles: Tiles) -> Residuals:
     return Residuals.of(tiles, Rows(*(stacks.stack(s, x, tiles.dtype) for s, x in parts)))
 
 
-def add(tiles: Tiles, i: Size, rows: Rows) -> Rows:
-    """Adds what tile i of the queries sees of all keys to its sums."""
-    queries, keys, values = tiles.unstacked
-    q, kernel = widen(queries[i]), tiles.kernel
-    for first, stop, cut in tiles.band.ranges(i):
-        if kernel.linear and not cut:
-            rows = _add_linear(tiles, rows, q, keys, tiles.products, i, (first, stop))
-        else:
-            step = _adder(tiles, q, keys, values, i, cut)
-            rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
-    return rows
+def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
+    """The function of i and `Rows` that adds all keys that tile i of the queries sees."""
+    kernel = tiles.kernel
+    queries, keys, values = (stacks.unstack(x) for x in (tiles.queries, tiles.keys, tiles.values))
+    products = tiles.products if kernel.linear else None
+
+    def add(i: Size, rows: Rows) -> Rows:
+        q = widen(queries[i])
+        for first, stop, cut in tiles.band.ranges(i):
+            if kernel.linear and not cut:
+                rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
+            else:
+                step = _adder(tiles, q, keys, values, i, cut)
+                rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
+        return rows
+
+    return add
 
 
 def finish(rows: Rows, kernel: Kernel) -> Rows:
