@@ -1,31 +1,16 @@
 """Training on several devices gives what training on one gives."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from support import SCRIPTS, TESTS
+from support import SCRIPTS
+from support.helpers import launch
 
 from keras_ssattn.distribution import layout_map
 from keras_ssattn.models import CausalLM
-
-
-def launch(*arguments, **environment):
-    """Runs Python with these arguments to its end, or fails with what it wrote."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def results(script, kinds, folder):

@@ -2,7 +2,8 @@
 
 Of n devices each has T / n queries and S / n keys. In n steps every device adds the keys that it
 holds to the sums of its queries, and passes them on to the next one; the backward pass does the
-same, and the gradients of keys and values travel with them. No device ever holds more.
+same, and the gradients of keys and values travel with them, and then home. No device ever holds
+more than this.
 
 Reference: Liu, Zaharia and Abbeel, arXiv 2310.01889 (ring attention).
 """
@@ -72,24 +73,30 @@ class Ring:
         dqs, sums = backward.start(tiles)
         held = (_hold(tiles), sums)
         (_, sums), dqs = self._go_round(tiles.band.visibility, add, held, dqs)
+        sums = pass_on(sums, self.axis, self.size, -self._distances(tiles.band.visibility)[-1])
         return backward.finish(tiles, residuals, upstream, dqs, sums)
 
     def _go_round(
         self, visibility: Visibility, add: Callable, held: tuple, carry: tuple | Tensor
     ) -> tuple:
-        """Calls `add(distance, held, carry)` with what each device held, and brings it home."""
-        first, stop = self._distances(visibility)
+        """Calls `add(distance, held, carry)` with what each device holds whose keys may be seen.
+
+        What is held ends where it was last asked for.
+        """
+        distances = self._distances(visibility)
+        first, last = distances[0], distances[-1]
 
         def step(distance: Size, state: tuple) -> tuple:
             held, carry = add(distance, *state)
             return pass_on(held, self.axis, self.size, 1), carry
 
         state = pass_on(held, self.axis, self.size, first), carry
-        held, carry = ops.fori_loop(first, stop, step, state)
-        return pass_on(held, self.axis, self.size, -stop), carry
+        if first < last:
+            state = ops.fori_loop(first, last, step, state)
+        return add(last, *state)
 
-    def _distances(self, visibility: Visibility) -> tuple[int, int]:
-        """How many places back those devices are whose keys may be seen, from and to."""
+    def _distances(self, visibility: Visibility) -> range:
+        """How many places back those devices are whose keys may be seen."""
         length, window, offset = (
             visibility.key_length,
             visibility.window,
@@ -97,10 +104,10 @@ class Ring:
         )
         aligned = visibility.query_length == length and isinstance(offset, int) and offset == 0
         if window is None or not aligned:
-            return 0, self.size
+            return range(self.size)
         reach = (window - 2) // length + 1
-        first = 0 if visibility.causal else -reach
-        return (first, reach + 1) if reach + 1 - first < self.size else (0, self.size)
+        near = range(0 if visibility.causal else -reach, reach + 1)
+        return near if len(near) < self.size else range(self.size)
 
     def _part(self, tiles: Tiles, held: Held, distance: Size) -> Tiles:
         """The device's queries with the keys of the one `distance` places back."""
