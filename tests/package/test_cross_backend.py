@@ -11,9 +11,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support import BACKENDS, SCRIPTS, TESTS
 from support.cases import MODELS
+from support.processes import KINDS, train
 
 INSTALLED = [b for b in BACKENDS if importlib.util.find_spec(b)]
 
@@ -37,6 +39,19 @@ def differences(tmp_path_factory):
     return {b: json.loads((folder / f"loaded-{b}.json").read_text()) for b in INSTALLED}
 
 
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    """Of models that two processes saved, by kind of training and by loading backend."""
+    kinds = [kind for kind, backend in KINDS.items() if backend in INSTALLED]
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in kinds}
+    for kind, folder in folders.items():
+        codes, written = train(kind, folder)
+        assert not any(codes), written
+    for backend in INSTALLED:
+        run(backend, "logits", *map(str, folders.values()))
+    return {kind: {b: np.load(x / f"{b}.npy") for b in INSTALLED} for kind, x in folders.items()}
+
+
 def test_all_backends_are_here_where_they_must_be():
     if os.environ.get("KERAS_SSATTN_ALL_BACKENDS") == "1":
         assert set(INSTALLED) == set(BACKENDS)
@@ -50,3 +65,9 @@ def test_all_backends_are_here_where_they_must_be():
 )
 def test_predicts_the_same(saved_by, loaded_by, model, kind, differences):
     assert differences[loaded_by][f"{saved_by}-{model}-{kind}"] <= 1e-5
+
+
+@pytest.mark.parametrize("kind", [kind for kind, backend in KINDS.items() if backend in INSTALLED])
+def test_what_two_processes_saved_predicts_the_same(kind, logits):
+    for array in logits[kind].values():
+        np.testing.assert_allclose(array, logits[kind][KINDS[kind]], atol=1e-5)

@@ -74,28 +74,6 @@ def test_mirrored_strategy_on_tensorflow(tmp_path):
     np.testing.assert_allclose(mirrored["outputs"], single["outputs"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.backend("torch")
-def test_two_processes_on_torch(tmp_path):
-    here = "127.0.0.1"  # the name of a machine need not resolve, and torchrun would wait for it
-    for size in (1, 2):
-        launch(
-            "-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}:0",
-            f"--local-addr={here}", f"--nproc-per-node={size}",
-            SCRIPTS / "torch_ddp.py", tmp_path / f"of{size}",
-            OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
-        )  # fmt: skip
-    single = np.load(tmp_path / "of1-0.npz")
-    first, second = (np.load(tmp_path / f"of2-{rank}.npz") for rank in (0, 1))
-    assert not np.allclose(first["losses"], second["losses"])  # each saw its own part
-    np.testing.assert_allclose(
-        (first["losses"] + second["losses"]) / 2, single["losses"], rtol=1e-5
-    )
-    for name in single.files:
-        if name != "losses":
-            np.testing.assert_array_equal(first[name], second[name])
-            np.testing.assert_allclose(first[name], single[name], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.backend("jax", reason="keras.distribution is for JAX")
 def test_a_released_model_is_loaded_in_parts(tmp_path):
     """On four devices: each has its part of every matrix, the embedding and the head too."""

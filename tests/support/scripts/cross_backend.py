@@ -2,6 +2,7 @@
 
 KERAS_BACKEND=jax python cross_backend.py save FOLDER
 KERAS_BACKEND=jax python cross_backend.py load FOLDER BACKEND ...
+KERAS_BACKEND=jax python cross_backend.py logits FOLDER ...
 """
 
 import json
@@ -53,6 +54,18 @@ def load(folder, saved_by):
     (folder / f"loaded-{BACKEND}.json").write_text(json.dumps(differences))
 
 
+def logits(folder):
+    """Writes what the model in a folder predicts."""
+    model = keras.saving.load_model(folder / "model.keras")
+    np.save(folder / f"{BACKEND}.npy", keras.ops.convert_to_numpy(model(tokens())))
+
+
 if __name__ == "__main__":
-    role, folder, *backends = sys.argv[1:]
-    save(Path(folder)) if role == "save" else load(Path(folder), backends)
+    role, folder, *others = sys.argv[1:]
+    if role == "save":
+        save(Path(folder))
+    elif role == "load":
+        load(Path(folder), others)
+    else:
+        for name in (folder, *others):
+            logits(Path(name))
