@@ -123,6 +123,41 @@ def memory_of_devices() -> str:
     return report.table(header, [["GB of weights on each", *weights.values(), weights[8]]])
 
 
+DEVICES = ("batch", "sequence", "model")  # axes of a mesh
+CHANGES = {"batch": "twice the batch", "length": "twice the length", "width": "twice the width"}
+
+
+def bytes_of_devices() -> str:
+    """What a device sends in a step, and its part of the memory, by axis and sizes."""
+    steps = result("benchmarks/results/devices-jax.json")["steps"]
+    base, rows = steps[0], []
+    for step in steps:
+        changed = [x for x in (*CHANGES, "devices") if step[x] != base[x]]
+        name = CHANGES.get(changed[0], f"{step['devices']} devices") if changed else (
+            f"batch {step['batch']}, {step['length']} tokens, width {step['width']}, "
+            f"{step['devices']} devices"
+        )  # fmt: skip
+        found = [step["along"][axis] for axis in DEVICES]
+        parts = [
+            f"{1e-6 * x['sent']:.0f} MB, {x['bytes'] / step['bytes_of_one']:.2f}" for x in found
+        ]
+        rows.append([name, *parts])
+    return report.table(["", *(f"along {axis}" for axis in DEVICES)], rows)
+
+
+def memory_along_time() -> str:
+    """The memory of attention on each of four devices along time, and on one."""
+    rows = [
+        [
+            f"{x['heads']} heads of {x['size']}, {x['key_heads']} of keys",
+            *(f"{x[of] / 2**20:.0f} MiB" for of in ("bytes_of_one", "bytes")),
+            f"{x['bytes'] / x['bytes_of_one']:.2f}",
+        ]
+        for x in result("benchmarks/results/devices-jax.json")["attention"]
+    ]
+    return report.table(["", "one device", "each of four", "part"], rows)
+
+
 def speed() -> str:
     """SSMax beside what users of each backend have, in one table: that of the README."""
     attention = attention_report.load(attention_report.RESULTS)
@@ -171,6 +206,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "import_time": import_time,
     "softpick_state": softpick_state,
     "memory_of_devices": memory_of_devices,
+    "bytes_of_devices": bytes_of_devices,
+    "memory_along_time": memory_along_time,
 }
 
 

@@ -159,11 +159,11 @@ def measure_steps(cases: tuple[dict[str, int], ...], base: dict[str, int]) -> li
         sizes = {**base, **change}
         count = sizes.pop("devices")
         row: dict[str, Any] = {**sizes, "devices": count}
-        row["bytes_of_one"] = memory(compile_step(**sizes))
+        row.update(bytes_of_one=memory(compile_step(**sizes)), along={})
         for axis in AXES:
             with over(axis, count) as mesh:
                 compiled = compile_step(**sizes, mesh=mesh)
-            row[axis] = {
+            row["along"][axis] = {
                 "sent": bytes_sent(compiled.as_text(), count),
                 "bytes": memory(compiled),
             }

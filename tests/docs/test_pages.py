@@ -11,7 +11,7 @@ WITH_CODE = [name for name, blocks in BLOCKS.items() if any(not x.needs for x in
 # All that a test may leave out, where the environment lacks it.
 NEEDED = {
     "analysis": ["matplotlib"],
-    "devices": [DEVICES],
+    "devices": [DEVICES, DEVICES],
     "exports": ["ONNX", "ONNX"],
     "start": ["ONNX"],
 }
