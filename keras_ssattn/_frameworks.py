@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_ssattn._typing import Number, Tensor
 
@@ -77,6 +78,23 @@ def is_traced() -> bool:
         return True
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
     return is_exporting is not None and is_exporting()
+
+
+def is_compiling() -> bool:
+    """Whether `torch.compile` follows what runs: it cannot look into a context of Python's."""
+    return keras.backend.backend() == "torch" and torch.compiler.is_compiling()
+
+
+def uncompiled(function: Callable) -> Callable:
+    """A function that `torch.compile` leaves to run as it is, between two graphs."""
+    return torch.compiler.disable(function) if keras.backend.backend() == "torch" else function
+
+
+def constant_like(array: np.ndarray, x: Tensor) -> Tensor:
+    """An array as a tensor of the dtype of `x`, and one that `torch.compile` can follow."""
+    if keras.backend.backend() == "torch":
+        return torch.as_tensor(array).to(x)
+    return keras.ops.convert_to_tensor(array, x.dtype)
 
 
 def fused_attention(

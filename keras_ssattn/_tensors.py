@@ -4,9 +4,13 @@ A known size is an `int`. Anything else (`None`, a tensor, the symbol of a trace
 is never compared in Python, and never decides which path is taken.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_ssattn._frameworks import is_compiling
 from keras_ssattn._typing import ArrayLike, DType, Size, Tensor
 
 
@@ -40,13 +44,36 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     return x @ y if dtype_of(x) == "float64" else ops.matmul(x, y)
 
 
+class KeptProperty:
+    """`functools.cached_property`, without the lock in it up to Python 3.11.
+
+    `torch.compile` cannot see through that.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        value = self.function(instance)
+        object.__setattr__(instance, self.name, value)
+        return value
+
+
 def is_known(size: Size) -> bool:
     return isinstance(size, int)
 
 
 def size_tensor(size: Size) -> Tensor:
-    """A size as an int32 tensor; those of PyTorch's traces are no tensors, and cannot be cast."""
-    if is_known(size) or hasattr(size, "dtype"):
+    """A size as an int32 tensor; those of PyTorch's traces are no tensors, and cannot be cast.
+
+    In `torch.compile` a cast would make the graph one of that size alone.
+    """
+    if not is_compiling() and (is_known(size) or hasattr(size, "dtype")):
         return ops.cast(size, "int32")
     return ops.cast(ops.sum(ops.ones((size,), "int32")), "int32")
 

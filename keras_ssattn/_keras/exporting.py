@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from keras_ssattn._frameworks import is_traced
+from keras_ssattn._frameworks import is_compiling, is_traced
 from keras_ssattn._typing import Option
 
 _exporting: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -14,7 +14,7 @@ _exporting: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 def is_exporting() -> bool:
     """Whether to keep to operations that every format has; their values are the same."""
-    return _exporting.get() or is_traced()
+    return is_traced() or (not is_compiling() and _exporting.get())
 
 
 @contextlib.contextmanager
@@ -25,7 +25,8 @@ def exporting() -> Iterator[None]:
     ONNX, OpenVINO and LiteRT cannot hold, and a few functions are written in other words. Values
     are the same to the last digits of float32. The models of this package do so in their own
     `export`; do it around that of a model of your own. Traces by PyTorch itself
-    (`torch.export`, `torch.jit.trace`, `torch.onnx`) need it not.
+    (`torch.export`, `torch.jit.trace`, `torch.onnx`) need it not, and `torch.compile` passes over
+    it.
 
     Example:
 

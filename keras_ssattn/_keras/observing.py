@@ -11,6 +11,7 @@ from typing import Protocol
 
 import keras
 
+from keras_ssattn._frameworks import is_compiling
 from keras_ssattn._keras.tree import parents_first
 from keras_ssattn._typing import Layer, Tensor
 
@@ -31,8 +32,8 @@ _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 
 
 def observer() -> Observer | None:
-    """The observer of this context, if there is one."""
-    return _observer.get()
+    """The observer of this context, if there is one; none sees into `torch.compile`."""
+    return None if is_compiling() else _observer.get()
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class LastTimestep(keras.layers.Layer):
             mask = ops.ones(ops.shape(inputs)[:2], "bool")
         step = steps(ops.shape(inputs)[1]) + 1  # counted from 1
         seen = ops.where(mask, step, 0)
-        last = ops.max(ops.pad(seen, ((0, 0), (0, 1))), axis=1, keepdims=True)  # 0 for no steps
+        last = ops.amax(ops.pad(seen, ((0, 0), (0, 1))), axis=1, keepdims=True)  # 0 for no steps
         is_last = ops.logical_and(mask, step == last)
         return ops.sum(ops.where(ops.expand_dims(is_last, 2), inputs, 0.0), axis=1)
 

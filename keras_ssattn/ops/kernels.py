@@ -290,7 +290,7 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
     start = ops.stop_gradient(ops.convert_to_tensor(start, dtype))
     if any(is_known(size) and size == 0 for size in x.shape):  # PyTorch has no maximum of it
         return start
-    peak = ops.max(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
+    peak = ops.amax(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
     if is_exporting():  # the ONNX of TensorFlow's `where` multiplies, and 0 times -inf is NaN
         return ops.maximum(peak, start)
     return ops.where(peak > start, peak, start)

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import check_flag, check_floating, check_number, check_rank, to_int32
+from keras_ssattn._frameworks import constant_like
 from keras_ssattn._tensors import cast, dtype_of, may_be_equal, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
 from keras_ssattn.ops.sizes import steps
@@ -249,8 +250,8 @@ def _angles(positions: Tensor, frequencies: np.ndarray, dtype: DType) -> Tensor:
         rate = frequencies * (stride / (2 * math.pi))
         rate -= np.round(rate)
         leading = np.round(rate * 4096) / 4096
-        product = count * ops.convert_to_tensor(leading, dtype)
-        rest = count * ops.convert_to_tensor(rate - leading, dtype)
+        product = count * constant_like(leading, count)
+        rest = count * constant_like(rate - leading, count)
         turns = turns + (product - ops.round(product)) + rest
     return turns * (2 * math.pi)
 

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from keras import ops
 
 from keras_ssattn._checks import LARGEST_INT32, check_flag, check_integer
+from keras_ssattn._frameworks import is_compiling
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import (
+    KeptProperty,
     cast,
     dtype_of,
     is_known,
@@ -163,7 +165,7 @@ class Visibility:
             query_offset=self.query_offset if isinstance(self.query_offset, int) else next(given),
         )
 
-    @functools.cached_property
+    @KeptProperty
     def positions(self) -> Tensor:
         """Positions of the queries, int32 `[B|1, T]`."""
         if isinstance(self.query_offset, int) and is_known(self.query_length):
@@ -174,7 +176,7 @@ class Visibility:
             return offset
         return offset + steps(self.query_length)
 
-    @functools.cached_property
+    @KeptProperty
     def dense_mask(self) -> Tensor:
         """Boolean, broadcastable to `[B, H, T, S]`; `None` if every query sees every key."""
         parts = []
@@ -197,12 +199,12 @@ class Visibility:
             parts.append(self.mask)
         return functools.reduce(ops.logical_and, parts) if parts else None
 
-    @functools.cached_property
+    @KeptProperty
     def bias(self) -> tuple[Tensor, Tensor]:
         """`as_bias` of the mask."""
         return as_bias(self.dense_mask)
 
-    @functools.cached_property
+    @KeptProperty
     def count(self) -> Tensor:
         """The number n of keys that each query sees, int32, broadcastable to `[B, H, T]`.
 
@@ -232,7 +234,7 @@ class Visibility:
         if not self.causal and self.window is None:
             return None, None
         position, length = self.positions, self.key_length
-        length = length if is_known(length) else size_tensor(length)
+        length = length if is_known(length) and not is_compiling() else size_tensor(length)
         if self.causal:
             end = ops.clip(position, -1, length - 1) + 1  # free of overflow
         else:
@@ -385,7 +387,8 @@ def _stack_rows(x: Tensor | None) -> Tensor | None:
 
 def _count_before(running: Tensor, end: Tensor) -> Tensor:
     """Entries of a running count `[B, S]` up to, not including, positions `[B|1, T]`."""
-    running = ops.pad(running, ((0, 0), (1, 0)))  # [B, S + 1]
+    none = ops.zeros((ops.shape(running)[0], 1), dtype_of(running))
+    running = ops.concatenate([none, running], axis=1)  # [B, S + 1]
     if end.shape[0] == 1:
         return ops.take(running, end[0], axis=1)  # [B, T]
     return ops.take_along_axis(running, end, axis=1)  # [B, T]

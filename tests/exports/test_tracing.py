@@ -38,3 +38,52 @@ def test_tiles_are_not_unrolled_in_export():
         return len(list(exported.graph.nodes))
 
     assert nodes(60) == nodes(1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        (lambda: keras_ssattn.build(8, 8, num_heads=2, num_layers=1, window_size=None), 2),
+        (lambda: CausalLM(17, 8, 1, 2, padding_id=0, sliding_window=3), 2),
+        (lambda: CausalLM(17, 8, 1, 2, normalizer="rectified_softpick"), 2),
+    ],
+    ids=["build", "padding", "rectified_softpick"],
+)
+def test_compile_makes_few_graphs_for_all_lengths(model, most, rng):
+    """Of one length, then of any: two, of a whole model. Keras's own attention makes more."""
+    import torch
+
+    torch.compiler.reset()
+    model, graphs = model(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, dynamic=True, backend=count)
+    is_text = isinstance(model, CausalLM)
+    for sizes in ((2, 7), (2, 9), (3, 20), (3, 40)):
+        x = rng.integers(0, 17, sizes) if is_text else rng.normal(size=(*sizes, 8))
+        x = torch.tensor(x, dtype=torch.int32 if is_text else torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+    assert len(graphs) <= most
+
+
+def test_tiles_are_not_compiled(rng):
+    """They run as they are, forward and backward, between the graphs."""
+    import torch
+
+    torch.compiler.reset()
+    model = keras_ssattn.build(
+        8, 8, num_heads=2, num_layers=1, window_size=None, normalizer="softpick",
+        implementation="tiled",
+    )  # fmt: skip
+    x = torch.tensor(rng.normal(size=(1, 300, 8)), dtype=torch.float32)
+    gradients = []
+    for call in (torch.compile(model, dynamic=True, backend="eager"), model):
+        model.zero_grad()
+        call(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(*gradients)

@@ -28,9 +28,9 @@ PUBLIC = [importlib.import_module(f"keras_ssattn{name}") for name in
           ("", ".ops", ".layers", ".models", ".analysis", ".ssmax", ".softpick")]  # fmt: skip
 # What a part of the package may import: itself, and parts of a lower level.
 LEVELS = {
-    "_typing": 0, "_tensors": 1, "_frameworks": 1, "_checks": 2, "_keras": 3, "ops": 4, "layers": 5,
-    "conversion": 6, "checkpoints": 6, "models": 7, "analysis": 8, "ssmax": 8, "softpick": 8,
-    "distribution": 8, "__init__": 9,
+    "_typing": 0, "_frameworks": 1, "_tensors": 2, "_checks": 3, "_keras": 4, "ops": 5, "layers": 6,
+    "conversion": 7, "checkpoints": 7, "models": 8, "analysis": 9, "ssmax": 9, "softpick": 9,
+    "distribution": 9, "__init__": 10,
 }  # fmt: skip
 KNOWS_FRAMEWORKS = ROOT / "_frameworks.py"
 

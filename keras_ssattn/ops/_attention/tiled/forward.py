@@ -12,13 +12,12 @@ arXiv 2006.16236 (the state of linear attention).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
 
-from keras_ssattn._tensors import dtype_of, widen
+from keras_ssattn._tensors import KeptProperty, dtype_of, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
@@ -74,7 +73,7 @@ class Tiles:
         _, *rows, _ = ops.shape(self.queries)
         return (*rows, 1), (*rows, 1), (*rows, self.values.shape[-1])
 
-    @functools.cached_property
+    @KeptProperty
     def products(self) -> Tensor | list[Tensor]:
         """The sum of k v^T over each tile: what the linear form keeps of it."""
         return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ssattn._frameworks import uncompiled
 from keras_ssattn._keras.heads_layout import heads_layout
 from keras_ssattn._tensors import cast, dtype_of, widen
 from keras_ssattn._typing import Number, Tensor
@@ -20,6 +21,7 @@ from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
 
+@uncompiled  # `torch.compile` would write every tile into the graph
 def attention(
     query: Tensor,
     key: Tensor,
