@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from support import SCRIPTS, processes
 from support.cases import COMPARED
 from support.helpers import relative_error, to_numpy
 
@@ -177,3 +178,15 @@ def test_the_table_says_who_beats_softmax(routing):
     assert lines[2].startswith("| `softmax` | 0.500 ± 0.125 |")
     assert lines[3].startswith("| `softpick` | 0.425 ± 0.125 (1 : 2) |")
     assert lines[4].startswith("| no router, no gate | 0.750 ± 0.125 (4 : 0) |")
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_experts_over_devices(tmp_path):
+    codes, written = processes.run(
+        [({}, SCRIPTS / "distribute_experts.py", tmp_path)], tmp_path, {}
+    )
+    assert codes == [0], written
+    found = json.loads((tmp_path / "experts.json").read_text())
+    np.testing.assert_allclose(found["parallel"], found["single"], atol=1e-5)
+    assert set(found["shares"].values()) == {0.25}
+    assert len(found["shares"]) == 4

@@ -16,6 +16,33 @@ from support.cases import sequences
 
 import keras_ssattn
 from keras_ssattn.distribution import layout_map
+from keras_ssattn.models import CausalLM
+
+# Sizes that two devices cannot share.
+UNEVEN = {
+    "num_heads": {"num_heads": 3},
+    "num_kv_heads": {"num_kv_heads": 1},
+    "ffn_expansion": {"ffn_expansion": 1.25},
+    "vocabulary_size": {"vocabulary_size": 9},
+}
+
+
+def shards_of(variables):
+    """The shape of each variable, and that of the part which the first device has."""
+    return {
+        x.path: (list(x.shape), list(x.value.addressable_shards[0].data.shape)) for x in variables
+    }
+
+
+def errors():
+    found = {}
+    for name, options in UNEVEN.items():
+        sizes = {"vocabulary_size": 8, "hidden_size": 12, "num_layers": 1, "num_heads": 2}
+        try:
+            CausalLM(**{**sizes, **options}, name="model")
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def main(kind, output):
@@ -43,13 +70,14 @@ def main(kind, output):
         shuffle=False,
         verbose=0,
     ).history["loss"]
-    shards = {
-        v.path: (list(v.shape), list(v.value.addressable_shards[0].data.shape))
-        for v in model.trainable_variables
-    }
+    adam = keras.optimizers.Adam()
+    adam.build(model.trainable_variables)
+    found = {"shards": shards_of(model.trainable_variables), "adam": shards_of(adam.variables)}
+    if kind == "model":
+        found["errors"] = errors()
     outputs = np.asarray(model.predict(sequences(seed=5), verbose=0)).tolist()
     with open(output, "w") as file:
-        json.dump({"losses": losses, "outputs": outputs, "shards": shards}, file)
+        json.dump({"losses": losses, "outputs": outputs, **found}, file)
     assert jax.device_count() == 4
 
 
