@@ -101,6 +101,47 @@ def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:
     return torch.ops.aten.index_put(old, [None, index], new)
 
 
+def over_devices(
+    function: Callable,
+    mesh: Any,
+    inputs: list[tuple[str | None, ...]],
+    output: tuple[str | None, ...],
+) -> Callable:
+    """A function of tensors that every device of a JAX mesh computes of its part of them.
+
+    Args:
+        function: of tensors; inside, `place_along` and `pass_on` know the devices.
+        mesh: a `jax.sharding.Mesh`.
+        inputs: for each tensor, the names of the mesh axes over which its axes are split.
+        output: the same of the result.
+    """
+    import jax
+
+    split = jax.sharding.PartitionSpec
+    in_specs = tuple(split(*names) for names in inputs)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=split(*output), check_vma=False
+    )
+    return jax.jit(mapped)
+
+
+def place_along(axis: str) -> Tensor:
+    """The place of this device along an axis of the mesh, from 0."""
+    import jax
+
+    return jax.lax.axis_index(axis)
+
+
+def pass_on(tensors: Any, axis: str, size: int, places: int) -> Any:
+    """Tensors of the device so many places back along a circle of `size` devices."""
+    import jax
+
+    if places % size == 0:
+        return tensors
+    pairs = [(i, (i + places) % size) for i in range(size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tensors)
+
+
 class Captured:
     """A function of tensors that is captured as a graph once it has run often.
 

@@ -2,9 +2,13 @@
 
 import keras
 
+from keras_ssattn._keras.heads_layout import HEADS
+
 
 def layout_map(
-    device_mesh: keras.distribution.DeviceMesh, model_axis: str = "model"
+    device_mesh: keras.distribution.DeviceMesh,
+    model_axis: str = "model",
+    sequence_axis: str | None = None,
 ) -> keras.distribution.LayoutMap:
     """The `LayoutMap` that shards this package's layers over the axis `model_axis` of a mesh.
 
@@ -15,9 +19,15 @@ def layout_map(
     the number of devices on that axis; a layer that is built with others raises a `ValueError`.
     What an optimizer keeps for a weight is split as the weight is.
 
+    With a `sequence_axis`, tiled attention is split along time as well: each device has a part of
+    the queries, and the keys and values go round the devices, so that none holds all of them. What
+    lies between two such attentions XLA splits in the same way. The batch is split over the third
+    axis of the mesh, if there is one. This needs JAX 0.6 or later.
+
     Args:
         device_mesh: a `keras.distribution.DeviceMesh`.
-        model_axis: name of the mesh axis to shard over.
+        model_axis: name of the mesh axis to shard weights over.
+        sequence_axis: name of the mesh axis to split time over, or `None`.
 
     Returns:
         A `keras.distribution.LayoutMap`, for `keras.distribution.ModelParallel`. Add entries
@@ -25,7 +35,7 @@ def layout_map(
 
     Raises:
         TypeError: if `device_mesh` is not a `DeviceMesh`.
-        ValueError: if the mesh has no axis of that name.
+        ValueError: if the mesh has no axis of that name, or more axes than three.
 
     Example:
 
@@ -45,11 +55,12 @@ def layout_map(
             "`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: "
             f"device_mesh={device_mesh!r}"
         )
-    if model_axis not in device_mesh.axis_names:
-        raise ValueError(
-            f"`model_axis` must be an axis of the mesh, {device_mesh.axis_names}. Received: "
-            f"model_axis={model_axis!r}"
-        )
+    names = list(device_mesh.axis_names)
+    for argument, name in {"model_axis": model_axis, "sequence_axis": sequence_axis}.items():
+        if name not in names and not (argument == "sequence_axis" and name is None):
+            raise ValueError(
+                f"`{argument}` must be an axis of the mesh, {names}. Received: {argument}={name!r}"
+            )
     layouts = keras.distribution.LayoutMap(device_mesh)
     attention = r".*(attention|attn)(_\d+)?/"
     feed_forward = r".*feed_forward(_\d+)?/"
@@ -65,4 +76,13 @@ def layout_map(
     layouts[feed_forward + "down/kernel"] = (model_axis, None)  # [F, E]
     layouts[".*token_embedding/embeddings"] = (model_axis, None)  # [V, E]
     layouts[".*head/projection/kernel"] = (None, model_axis)  # [E, V]
+    if sequence_axis is not None:
+        others = [name for name in names if name not in (model_axis, sequence_axis)]
+        if len(others) > 1 or model_axis == sequence_axis:
+            raise ValueError(
+                "with `sequence_axis` the mesh must have that axis, `model_axis` and at most one "
+                f"more, for the batch. Received: a mesh of {names}, model_axis={model_axis!r}, "
+                f"sequence_axis={sequence_axis!r}"
+            )
+        layouts[HEADS] = (*(others or [None]), sequence_axis, model_axis, None)  # [B, T, H, D]
     return layouts

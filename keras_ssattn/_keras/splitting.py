@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ssattn._keras.heads_layout import size_of
 from keras_ssattn._typing import Layer, Shape
 
 
@@ -18,9 +19,8 @@ def check_split(owner: Layer, name: str, shape: Shape, change: str) -> None:
     layout = distribution and distribution.get_tensor_layout(path)
     if layout is None:
         return
-    mesh = layout.device_mesh
-    for size, axis in zip(shape, layout.axes, strict=True):
-        devices = 1 if axis is None else mesh.shape[mesh.axis_names.index(axis)]
+    for i, (size, axis) in enumerate(zip(shape, layout.axes, strict=True)):
+        devices = size_of(layout, i)
         if size % devices:
             raise ValueError(
                 f"`{path}`, of shape {tuple(shape)}, must be divisible by the {devices} devices "

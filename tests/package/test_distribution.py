@@ -1,33 +1,17 @@
 """Training on several devices gives what training on one gives."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from support import SCRIPTS, TESTS
+from support import SCRIPTS
+from support.helpers import launch
 
 from keras_ssattn.distribution import layout_map
 from keras_ssattn.layers import AdaptiveLogScale, QueryAwareScale, SinkSoftmax, Softmax, SSMax
 from keras_ssattn.models import CausalLM
-
-
-def launch(*arguments):
-    """Runs Python with these arguments to its end, or fails with what it wrote."""
-    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def results(script, kinds, folder):
@@ -80,6 +64,11 @@ def test_what_an_optimizer_keeps_is_split_as_its_weight(on_jax):
     for path, parts in on_jax["model"]["shards"].items():
         for slot in ("momentum", "velocity"):  # m and v
             assert on_jax["model"]["adam"][f"adam/{path.replace('/', '_')}_{slot}"] == parts
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_devices_add_up_and_send_nothing_else(on_jax):
+    assert on_jax["model"]["exchanges"] == ["all-reduce"]
 
 
 @pytest.mark.backend("jax", reason="keras.distribution is for JAX")

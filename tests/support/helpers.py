@@ -1,8 +1,13 @@
 """What several tests do: gradients of a plain function, a step of training, saving and loading."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 
+from support import TESTS
 from support.cases import randomize
 
 FORMATS = [".keras", ".weights.h5"]
@@ -120,3 +125,20 @@ def twins(theirs, ours, *shapes):
         if hasattr(theirs, name):
             getattr(ours, name).set_weights(getattr(theirs, name).get_weights())
     return theirs, ours
+
+
+def launch(*arguments, **environment):
+    """Runs Python with these arguments to its end, or fails with what it wrote."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

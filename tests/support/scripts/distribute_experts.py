@@ -1,6 +1,6 @@
 """Trains an example's experts on four simulated devices and on one. Run by test_moe_routing.py.
 
-KERAS_BACKEND=jax python distribute_experts.py FOLDER
+KERAS_BACKEND=jax python distribute_experts.py OUTPUT.json
 """
 
 import json
@@ -35,7 +35,7 @@ def train():
     return model.predict(x, verbose=0).tolist(), shares
 
 
-def main(folder):
+def main(output):
     single, _ = train()
     keras.utils.clear_session()
     devices = keras.distribution.list_devices()
@@ -46,7 +46,7 @@ def main(folder):
     keras.distribution.set_distribution(parallel)
     outputs, shares = train()
     found = {"single": single, "parallel": outputs, "shares": shares}
-    (Path(folder) / "experts.json").write_text(json.dumps(found))
+    Path(output).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

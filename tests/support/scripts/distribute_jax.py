@@ -5,6 +5,7 @@ KERAS_BACKEND=jax python distribute_jax.py single|data|model OUTPUT.json
 
 import json
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -45,6 +46,23 @@ def errors():
     return found
 
 
+def exchanges():
+    """The kinds of exchange between devices in a language model's gradient."""
+    model = CausalLM(8, 8, 1, num_heads=4, num_kv_heads=2)
+    values = [x.value for x in model.trainable_variables]
+    layout = keras.distribution.distribution().get_data_layout((4, 8))
+    tokens = keras.distribution.distribute_tensor(np.ones((4, 8), "int32"), layout)
+
+    def loss(values, tokens):
+        logits, _ = model.stateless_call(values, [], tokens)
+        return keras.ops.mean(keras.ops.logsumexp(logits, -1))
+
+    places = [x.sharding for x in values]
+    step = jax.jit(jax.grad(loss), out_shardings=places).lower(values, tokens).compile()
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    return sorted(set(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text())))
+
+
 def main(kind, output):
     devices = keras.distribution.list_devices()
     assert len(devices) == 4
@@ -74,7 +92,7 @@ def main(kind, output):
     adam.build(model.trainable_variables)
     found = {"shards": shards_of(model.trainable_variables), "adam": shards_of(adam.variables)}
     if kind == "model":
-        found["errors"] = errors()
+        found.update(errors=errors(), exchanges=exchanges())
     outputs = np.asarray(model.predict(sequences(seed=5), verbose=0)).tolist()
     with open(output, "w") as file:
         json.dump({"losses": losses, "outputs": outputs, **found}, file)

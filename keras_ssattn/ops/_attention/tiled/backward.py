@@ -10,11 +10,9 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_ssattn._tensors import dtype_of, widen
-from keras_ssattn._typing import Size, Tensor
+from keras_ssattn._typing import Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
-from keras_ssattn.ops._attention.tiled.band import Band
 from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles
-from keras_ssattn.ops.kernels import Kernel
 
 
 class Gradients(NamedTuple):
@@ -48,11 +46,27 @@ class QueryTile(NamedTuple):
     delta: Tensor
 
 
-def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> Gradients:
+def run(residuals: Residuals, upstream: Tensor, tiles: Tiles) -> Gradients:
     """The gradients, from what the forward pass kept and the gradient of its outputs."""
-    tiles = Tiles(residuals.queries, residuals.keys, residuals.values, kernel, band)
-    dtype = dtype_of(residuals.outputs)
-    parts = (*residuals, upstream)
+    dqs, sums = add(tiles, residuals, upstream, *start(tiles))
+    return finish(tiles, residuals, upstream, dqs, sums)
+
+
+def start(tiles: Tiles) -> tuple[Tensor, Sums]:
+    """Tiles of dq and sums to add to."""
+    shapes, dtype = _shapes(tiles), tiles.dtype
+    count, key_tiles = ops.shape(tiles.queries)[0], ops.shape(tiles.keys)[0]
+    counts = (count, key_tiles, key_tiles, key_tiles if tiles.kernel.linear else 0)
+    dqs, *sums = (stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
+    return dqs, Sums(*sums)
+
+
+def add(
+    tiles: Tiles, residuals: Residuals, upstream: Tensor, dqs: Tensor, sums: Sums
+) -> tuple[Tensor, Sums]:
+    """Adds what the keys of `tiles` give to the gradients of the queries, and to their own."""
+    kernel = tiles.kernel
+    parts = (*residuals._replace(keys=tiles.keys, values=tiles.values), upstream)
     queries, keys, values, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
     products = tiles.products if kernel.linear else None
 
@@ -67,8 +81,8 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
             in_place.transpose(dn),
             delta=in_place.row_sum(dn * outputs[i]),
         )
-        dq = ops.zeros(ops.shape(q), dtype)
-        for start, stop, cut in band.ranges(i):
+        dq = ops.zeros(ops.shape(q), tiles.dtype)
+        for start, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
                 dq, sums = _add_linear(tiles, tile, keys, products, i, (start, stop), dq, sums)
             else:
@@ -76,23 +90,22 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
                 carry = (dq, sums.keys, sums.values)
                 dq, dks, dvs = stacks.loop(start, stop, step, carry)
                 sums = sums._replace(keys=dks, values=dvs)
-        return stacks.write(dqs, i, dq), *sums
+        return stacks.add(dqs, i, dq), *sums
 
-    count, *query_shape = ops.shape(tiles.queries)
-    key_tiles, *heads, width, size = ops.shape(tiles.keys)
-    shapes = (
-        query_shape,
-        (*heads, size, width),
-        (*heads, tiles.values.shape[-1], width),
-        tiles.state_shape,
-    )
-    counts = (count, key_tiles, key_tiles, key_tiles if kernel.linear else 0)
-    stores = tuple(stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
-    *stores, states = stacks.loop(0, count, over_queries, stores)
-    dq, dk, dv = (stacks.stack(s, x, dtype) for s, x in zip(stores, shapes[:3], strict=True))
+    dqs, *found = stacks.loop(0, ops.shape(tiles.queries)[0], over_queries, (dqs, *sums))
+    return dqs, Sums(*found)
+
+
+def finish(
+    tiles: Tiles, residuals: Residuals, upstream: Tensor, dqs: Tensor, sums: Sums
+) -> Gradients:
+    """The gradients, from the sums over all queries and keys."""
+    kernel, shapes = tiles.kernel, _shapes(tiles)
+    stores = zip((dqs, sums.keys, sums.values), shapes[:3], strict=True)
+    dq, dk, dv = (stacks.stack(s, x, tiles.dtype) for s, x in stores)
     dk, dv = in_place.transpose(dk), in_place.transpose(dv)
     if kernel.linear:
-        states = stacks.stack(states, tiles.state_shape, dtype)
+        states = stacks.stack(sums.states, shapes[3], tiles.dtype)
         dk = dk + widen(tiles.values) @ in_place.transpose(states)
         dv = dv + widen(tiles.keys) @ states
     constants = ()
@@ -100,6 +113,13 @@ def run(residuals: Residuals, upstream: Tensor, kernel: Kernel, band: Band) -> G
         delta = in_place.row_sum(upstream * residuals.outputs) / residuals.totals
         constants = kernel.constant_gradient(residuals.maxima, delta)
     return Gradients(dq, dk, dv, constants)
+
+
+def _shapes(tiles: Tiles) -> tuple[Shape, ...]:
+    """The shapes of a tile of dq, and of each of `Sums`."""
+    *heads, width, size = ops.shape(tiles.keys)[1:]
+    keys, values = (*heads, size, width), (*heads, tiles.values.shape[-1], width)
+    return ops.shape(tiles.queries)[1:], keys, values, tiles.state_shape
 
 
 def _adder(

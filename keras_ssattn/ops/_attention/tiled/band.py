@@ -52,7 +52,8 @@ class Band:
         num_kv_heads: int,
         kernel: Kernel,
     ) -> None:
-        self.sizes, self.group_size = sizes, group_size
+        self.visibility, self.sizes, self.group_size = visibility, sizes, group_size
+        self._heads_and_kernel = num_kv_heads, kernel
         self.causal, self.window = visibility.causal, visibility.window
         length = visibility.key_length
         self.key_tiles = stacks.count_of(length, sizes.key)
@@ -74,6 +75,10 @@ class Band:
             self.first_offset, self.last_offset = ops.min(self.offset), ops.max(self.offset)
             if stacks.runs_eagerly():
                 self.first_offset, self.last_offset = int(self.first_offset), int(self.last_offset)
+
+    def seeing(self, visibility: Visibility) -> "Band":
+        """The same tiles, of which something else is seen."""
+        return Band(visibility, self.sizes, self.group_size, *self._heads_and_kernel)
 
     def ranges(self, i: Size) -> list[tuple[Size, Size, bool]]:
         """Stretches `[start, stop)` of tiles of keys, and whether the mask cuts them."""

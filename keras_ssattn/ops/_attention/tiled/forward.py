@@ -35,6 +35,10 @@ class Residuals(NamedTuple):
     maxima: Tensor
     totals: Tensor
 
+    @classmethod
+    def of(cls, tiles: "Tiles", rows: "Rows") -> "Residuals":
+        return cls(tiles.queries, tiles.keys, tiles.values, rows.output, rows.maximum, rows.total)
+
 
 class Rows(NamedTuple):
     """The running sums of a tile of queries: m, Z and the numerator of the output."""
@@ -64,10 +68,23 @@ class Tiles:
         _, batch, heads, _, size = ops.shape(self.queries)
         return batch, heads, size, self.values.shape[-1]
 
+    @property
+    def row_shapes(self) -> tuple[Shape, Shape, Shape]:
+        """The shapes of `Rows`."""
+        _, *rows, _ = ops.shape(self.queries)
+        return (*rows, 1), (*rows, 1), (*rows, self.values.shape[-1])
+
     @functools.cached_property
     def products(self) -> Tensor | list[Tensor]:
         """The sum of k v^T over each tile: what the linear form keeps of it."""
         return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))
+
+    def start(self) -> Rows:
+        """The sums of a tile of queries before the first key."""
+        shape, _, out_shape = self.row_shapes
+        start = ops.convert_to_tensor(self.kernel.start(self.dtype), self.dtype)
+        zeros = (ops.zeros(x, self.dtype) for x in (shape, out_shape))
+        return Rows(ops.broadcast_to(start, shape), *zeros)
 
     def logits(self, q: Tensor, k: Tensor, i: Size, j: Size, cut: bool) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
@@ -81,35 +98,42 @@ class Tiles:
 
 def run(tiles: Tiles) -> Residuals:
     """Attention over all tiles; the outputs are among the residuals."""
-    dtype, kernel = tiles.dtype, tiles.kernel
-    count, *row_shape = ops.shape(tiles.queries)
-    row_shape = (*row_shape[:-1], 1)
-    out_shape = (*row_shape[:-1], tiles.values.shape[-1])
-    queries, keys, values = (stacks.unstack(x) for x in (tiles.queries, tiles.keys, tiles.values))
-    start = ops.broadcast_to(ops.convert_to_tensor(kernel.start(dtype), dtype), row_shape)
-    products = tiles.products if kernel.linear else None
+    count, add = ops.shape(tiles.queries)[0], adder(tiles)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = finish(add(i, tiles.start()), tiles.kernel)
+        return tuple(stacks.write(s, i, x) for s, x in zip(stores, rows, strict=True))
+
+    stores = tuple(stacks.empty(count, x, tiles.dtype) for x in tiles.row_shapes)
+    stores = stacks.loop(0, count, over_queries, stores)
+    parts = zip(stores, tiles.row_shapes, strict=True)
+    return Residuals.of(tiles, Rows(*(stacks.stack(s, x, tiles.dtype) for s, x in parts)))
+
+
+def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
+    """The function of i and `Rows` that adds all keys that tile i of the queries sees."""
+    kernel = tiles.kernel
+    queries, keys, values = (stacks.unstack(x) for x in (tiles.queries, tiles.keys, tiles.values))
+    products = tiles.products if kernel.linear else None
+
+    def add(i: Size, rows: Rows) -> Rows:
         q = widen(queries[i])
-        rows = Rows(start, ops.zeros(row_shape, dtype), ops.zeros(out_shape, dtype))
         for first, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
                 rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
             else:
                 step = _adder(tiles, q, keys, values, i, cut)
                 rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
-        total = rows.total + kernel.constant(rows.maximum)
-        total = ops.where(total > 0, total, 1.0)
-        results = (rows.maximum, total, rows.output / total)
-        return tuple(stacks.write(s, i, x) for s, x in zip(stores, results, strict=True))
+        return rows
 
-    shapes = (row_shape, row_shape, out_shape)
-    stores = tuple(stacks.empty(count, x, dtype) for x in shapes)
-    stores = stacks.loop(0, count, over_queries, stores)
-    maxima, totals, outputs = (
-        stacks.stack(s, x, dtype) for s, x in zip(stores, shapes, strict=True)
-    )
-    return Residuals(tiles.queries, tiles.keys, tiles.values, outputs, maxima, totals)
+    return add
+
+
+def finish(rows: Rows, kernel: Kernel) -> Rows:
+    """The sums once every key is in them: Z with the constant, and the output divided by it."""
+    total = rows.total + kernel.constant(rows.maximum)
+    total = ops.where(total > 0, total, 1.0)
+    return Rows(rows.maximum, total, rows.output / total)
 
 
 def _adder(

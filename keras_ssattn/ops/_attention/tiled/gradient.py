@@ -1,17 +1,21 @@
 """Tiled attention: every normalizer in memory linear in the number of keys."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_ssattn._keras.heads_layout import heads_layout
 from keras_ssattn._tensors import cast, dtype_of, widen
 from keras_ssattn._typing import Number, Tensor
 from keras_ssattn.ops import stacks
-from keras_ssattn.ops._attention.tiled import backward, forward
+from keras_ssattn.ops._attention.tiled import backward, devices, forward
 from keras_ssattn.ops._attention.tiled.band import Band, TileSizes
+from keras_ssattn.ops._attention.tiled.forward import Tiles
+from keras_ssattn.ops._attention.tiled.ring import Ring
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
@@ -39,12 +43,18 @@ def attention(
     arrays = (widen(query) * factor * kernel.prescale, key, value)
     if "float64" in (dtype_of(x) for x in arrays):
         arrays = tuple(ops.cast(x, "float64") for x in arrays)
+    layout = heads_layout()
+    if layout is not None:
+        make = functools.partial(_with_gradient, kernel)
+        return cast(devices.attention(make, arrays, kernel, visibility, layout), dtype)
     attend = _with_gradient(kernel, visibility)
     learned = (x + 0.0 for x in kernel.tensors)  # TensorFlow takes no variables here
     return cast(attend(*arrays, *learned, *visibility.tensors), dtype)
 
 
-def _with_gradient(kernel: Kernel, visibility: Visibility) -> Callable[..., Tensor]:
+def _with_gradient(
+    kernel: Kernel, visibility: Visibility, ring: Ring | None = None
+) -> Callable[..., Tensor]:
     """The function of query, key, value, and of the tensors of kernel and visibility.
 
     JAX wants every tensor to be an argument: it may not be closed over. Cutting into tiles is
@@ -55,7 +65,8 @@ def _with_gradient(kernel: Kernel, visibility: Visibility) -> Callable[..., Tens
     @ops.custom_gradient
     def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, Any]:
         layout = _Layout(kernel, visibility, query, key, tensors)
-        residuals = forward.run(layout.tiles(query, key, value))
+        tiles = layout.tiles(query, key, value)
+        residuals = forward.run(tiles) if ring is None else ring.forward(tiles)
 
         # Keras gives the upstream gradient by position on some backends, by name on others
         def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor | None, ...]:
@@ -63,7 +74,12 @@ def _with_gradient(kernel: Kernel, visibility: Visibility) -> Callable[..., Tens
             if stacks.runs_eagerly():  # what follows is never differentiated: keep nothing for it
                 upstream = ops.stop_gradient(upstream)
             again = _Layout(kernel, visibility, query, key, tensors)
-            return again.gradients(residuals, upstream, query, key, value)
+            tiles = Tiles(
+                residuals.queries, residuals.keys, residuals.values, again.kernel, again.band
+            )
+            upstream = stacks.split(upstream, again.sizes.query, again.group_size)
+            run = backward.run if ring is None else ring.backward
+            return again.gradients(run(residuals, upstream, tiles), query, key, value)
 
         length = ops.shape(query)[1]
         return stacks.merge(residuals.outputs, length, layout.group_size), gradient
@@ -104,8 +120,8 @@ class _Layout:
         x = ops.reshape(x, (-1, self.group_size, self.sizes.query))
         return ops.reshape(ops.sum(x, axis=2), (-1,))
 
-    def tiles(self, query: Tensor, key: Tensor, value: Tensor) -> forward.Tiles:
-        return forward.Tiles(
+    def tiles(self, query: Tensor, key: Tensor, value: Tensor) -> Tiles:
+        return Tiles(
             stacks.split(query, self.sizes.query, self.group_size),
             stacks.split(key, self.sizes.key),
             stacks.split(value, self.sizes.key),
@@ -114,16 +130,9 @@ class _Layout:
         )
 
     def gradients(
-        self,
-        residuals: forward.Residuals,
-        upstream: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        self, found: backward.Gradients, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each argument of the function that is differentiated."""
-        upstream = stacks.split(upstream, self.sizes.query, self.group_size)
-        found = backward.run(residuals, upstream, self.kernel, self.band)
         length, key_length = self.visibility.query_length, self.visibility.key_length
         merged = (
             (stacks.merge(found.query, length, self.group_size), query),
