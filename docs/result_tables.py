@@ -116,11 +116,17 @@ def sizes(model: Any, devices: int = 1) -> dict[str, int]:
 
 
 def memory_of_devices() -> str:
-    """Gigabytes of a large model's weights on each of several devices, in bfloat16."""
+    """Gigabytes of a large model on each of several devices, for use and for training."""
     model = FAMILIES["ministral3"].read(DEVSTRAL)
-    weights = {n: f"{2e-9 * sum(sizes(model, n).values()):.1f}" for n in (1, 4, 8)}
-    header = ["devices", *map(str, weights), "16, as 2 x 8"]
-    return report.table(header, [["GB of weights on each", *weights.values(), weights[8]]])
+    counts = [sum(sizes(model, n).values()) for n in (1, 4, 8, 8)]
+    rows = {
+        "GB on each, weights in bfloat16": 2,
+        "GB on each, weights, gradients and Adam's m and v in float32": 4 * 4,
+    }
+    header = ["devices", "1", "4", "8", "16, as 2 x 8"]
+    return report.table(
+        header, [[name, *(f"{1e-9 * x * n:.1f}" for n in counts)] for name, x in rows.items()]
+    )
 
 
 DEVICES = ("batch", "sequence", "model")  # axes of a mesh

@@ -83,6 +83,15 @@ class Experts(keras.layers.Layer):
         return ops.einsum("be,bec->bc", weights, outputs)
 
 
+def split_experts(layouts: Any, axis: str = "model") -> None:
+    """Adds to a `keras.distribution.LayoutMap` that each device has some of the experts."""
+    experts = r".*experts(_\d+)?/"
+    layouts[experts + r"dense(_\d+)?/kernel"] = (None, axis)  # [D, E H]
+    layouts[experts + r"dense(_\d+)?/bias"] = (axis,)  # [E H]
+    layouts[experts + "kernel"] = (axis, None, None)  # [E, H, C]
+    layouts[experts + "bias"] = (axis, None)  # [E, C]
+
+
 def make_model(arm: str) -> Any:
     """Returns a compiled mixture of experts, whose router's layer is named "router"."""
     inputs = keras.Input((64,))

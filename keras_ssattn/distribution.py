@@ -12,11 +12,12 @@ def layout_map(
 ) -> keras.distribution.LayoutMap:
     """The `LayoutMap` that shards this package's layers over the axis `model_axis` of a mesh.
 
-    Attention is split by head (projections, and the normalizer's s and b), the feed-forward
-    network by its inner size, so that each block needs two sums over devices, and the token
-    embedding and the head of `CausalLM` by vocabulary. All else is replicated. `num_heads`,
-    `num_kv_heads`, the inner size and the vocabulary must be multiples of the number of devices
-    on that axis.
+    Attention is split by head (projections, and what normalizers and length scales have for each
+    head), the feed-forward network by its inner size, so that each block needs two sums over
+    devices, and the token embedding and the head of `CausalLM` by vocabulary. All else is
+    replicated. `num_heads`, `num_kv_heads`, the inner size and the vocabulary must be multiples of
+    the number of devices on that axis; a layer that is built with others raises a `ValueError`.
+    What an optimizer keeps for a weight is split as the weight is.
 
     With a `sequence_axis`, tiled attention is split along time as well: each device has a part of
     the queries, and the keys and values go round the devices, so that none holds all of them. What
@@ -66,7 +67,10 @@ def layout_map(
     layouts[attention + "(query|key|value|gate)/kernel"] = (None, model_axis, None)  # [E, H, D]
     layouts[attention + "(query|key|value|gate)/bias"] = (model_axis, None)  # [H, D]
     layouts[attention + "attention_output/kernel"] = (model_axis, None, None)  # [H, D, E]
-    layouts[attention + "normalizer/(.*/)?(s|b|sink)$"] = (model_axis,)  # [H]
+    scale = attention + "normalizer/(.*/)?"
+    layouts[scale + "(s|b|sink|beta_bias|gamma_bias)$"] = (model_axis,)  # [H]
+    layouts[scale + "(beta|gamma)_kernel"] = (model_axis, None)  # [H, D]
+    layouts[scale + "factor_(kernel|bias)"] = (model_axis, None, None)  # [H, K or 1, D]
     layouts[feed_forward + "(gate|up)/kernel"] = (None, model_axis)  # [E, F]
     layouts[feed_forward + "(gate|up)/bias"] = (model_axis,)  # [F]
     layouts[feed_forward + "down/kernel"] = (model_axis, None)  # [F, E]

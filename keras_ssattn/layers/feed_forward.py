@@ -12,6 +12,7 @@ from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
+from keras_ssattn._keras.splitting import check_split
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
 
 
@@ -88,6 +89,8 @@ class FeedForward(keras.layers.Layer):
         def dense(
             name: str, size: int, shape: Shape, activation: Identifier = None
         ) -> keras.layers.Dense:
+            inner = "`inner_size`, of a block `ffn_expansion` times its size"
+            check_split(self, f"{name}/kernel", (shape[-1], size), inner)
             layer = keras.layers.Dense(
                 size,
                 activation=activation,

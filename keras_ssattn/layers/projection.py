@@ -10,6 +10,7 @@ from keras_ssattn._checks import check_choice, check_integer
 from keras_ssattn._keras.calling import adds_nothing, call_inside
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
+from keras_ssattn._keras.splitting import check_split
 from keras_ssattn._typing import Layer, Shape, Tensor
 
 PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
@@ -27,6 +28,8 @@ def projection(
     From features to heads, or from heads, `[B, T, H, D]`, to features. Quantization and LoRA are
     at home in `EinsumDense`, and go on working.
     """
+    heads = "`num_kv_heads`" if name in ("key", "value") else "`num_heads`"
+    check_split(attention, f"{name}/kernel", (*input_shape[2:], *output_shape), heads)
     inner, outer = "cd"[: len(input_shape) - 2], "efgh"[: len(output_shape)]
     equation = f"ab{inner},{inner}{outer}->ab{outer}"
 

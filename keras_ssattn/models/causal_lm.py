@@ -30,6 +30,7 @@ from keras_ssattn._keras.serialization import (
     own_config,
     policy_for,
 )
+from keras_ssattn._keras.splitting import check_split
 from keras_ssattn._tensors import dtype_of, is_known
 from keras_ssattn._typing import (
     ArrayLike,
@@ -276,10 +277,10 @@ class CausalLM(PacksSegments, keras.Model):
         if hasattr(self, "blocks"):  # the constructor has built it
             return
         options = {"dtype": self.dtype_policy}
-        name = "token_embedding"
+        name, shape = "token_embedding", (self.vocabulary_size, self.hidden_size)
+        check_split(self, f"{name}/embeddings", shape, "`vocabulary_size`")
         self.token_embedding = keras.layers.Embedding(
-            self.vocabulary_size,
-            self.hidden_size,
+            *shape,
             embeddings_initializer=unless_read("uniform", self, name),
             name=name,
             dtype=policy_for(self, name),

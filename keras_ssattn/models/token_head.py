@@ -7,6 +7,7 @@ from keras_ssattn._checks import check_choice
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import policy_for
+from keras_ssattn._keras.splitting import check_split
 from keras_ssattn._tensors import cast, dtype_of, matmul, widen
 from keras_ssattn._typing import Config, Layer, NormName, Shape, Tensor
 from keras_ssattn.layers.norms import make_norm
@@ -45,6 +46,8 @@ class TokenHead(keras.layers.Layer):
         if self.tied:
             self.projection = NoWeights(name="projection", dtype=policy)
         else:
+            shape = (x_shape[-1], self.vocabulary_size)
+            check_split(self, "projection/kernel", shape, "`vocabulary_size`")
             self.projection = keras.layers.Dense(
                 self.vocabulary_size,
                 use_bias=False,

@@ -10,8 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from support import SCRIPTS
 from support.cases import COMPARED
-from support.helpers import relative_error, to_numpy
+from support.helpers import launch, relative_error, to_numpy
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 ARMS = (*COMPARED, "no router")
@@ -177,3 +178,11 @@ def test_the_table_says_who_beats_softmax(routing):
     assert lines[2].startswith("| `softmax` | 0.500 ± 0.125 |")
     assert lines[3].startswith("| `softpick` | 0.425 ± 0.125 (1 : 2) |")
     assert lines[4].startswith("| no router, no gate | 0.750 ± 0.125 (4 : 0) |")
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_experts_over_devices(tmp_path):
+    launch(SCRIPTS / "distribute_experts.py", tmp_path / "experts.json")
+    found = json.loads((tmp_path / "experts.json").read_text())
+    np.testing.assert_allclose(found["parallel"], found["single"], atol=1e-5)
+    assert list(found["shares"].values()) == [0.25] * 4

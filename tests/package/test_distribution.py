@@ -10,6 +10,7 @@ from support import SCRIPTS
 from support.helpers import launch
 
 from keras_ssattn.distribution import layout_map
+from keras_ssattn.layers import AdaptiveLogScale, QueryAwareScale, SinkSoftmax, Softmax, SSMax
 from keras_ssattn.models import CausalLM
 
 
@@ -56,6 +57,82 @@ def test_layout_map_splits_heads_and_feed_forward_and_nothing_else(on_jax):
                 met.add(pattern)
         assert shard == expected, path
     assert met == set(SHARDED)
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_what_an_optimizer_keeps_is_split_as_its_weight(on_jax):
+    for path, parts in on_jax["model"]["shards"].items():
+        for slot in ("momentum", "velocity"):  # m and v
+            assert on_jax["model"]["adam"][f"adam/{path.replace('/', '_')}_{slot}"] == parts
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_devices_add_up_and_send_nothing_else(on_jax):
+    assert on_jax["model"]["exchanges"] == ["all-reduce"]
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+@pytest.mark.parametrize(
+    ("change", "variable", "size"),
+    [
+        ("num_heads", r"block_1/attention/query/kernel`, of shape \(12, 3, 4\)", 3),
+        ("num_kv_heads", r"block_1/attention/key/kernel`, of shape \(12, 1, 6\)", 1),
+        ("ffn_expansion", r"block_1/feed_forward/gate/kernel`, of shape \(12, 15\)", 15),
+        ("vocabulary_size", r"token_embedding/embeddings`, of shape \(9, 12\)", 9),
+    ],
+)
+def test_sizes_that_devices_cannot_share_are_named(change, variable, size, on_jax):
+    assert re.fullmatch(
+        f"`model/{variable}, must be divisible by the 2 devices of the axis 'model' where it is "
+        f"split. Change .*`{change}`.*, or the devices of that axis. Received: a size of {size}",
+        on_jax["model"]["errors"][change],
+    )
+
+
+SPLIT = {  # all that has one value per head, per inner feature or per token, and where
+    "token_embedding/embeddings": 0,
+    **{f"attention/{x}/kernel": 1 for x in ("query", "key", "value", "gate")},
+    **{f"attention/{x}/bias": 0 for x in ("query", "key", "value", "gate")},
+    "attention/attention_output/kernel": 0,
+    **{f"attention/normalizer/{x}": 0 for x in ("sink", "length_scale/s", "length_scale/b")},
+    **{
+        f"attention/normalizer/length_scale/{x}": 0
+        for x in ("beta_kernel", "beta_bias", "gamma_kernel", "gamma_bias", "factor_kernel",
+                  "factor_bias")
+    },
+    **{f"feed_forward/{x}/kernel": 1 for x in ("gate", "up")},
+    **{f"feed_forward/{x}/bias": 0 for x in ("gate", "up")},
+    "feed_forward/down/kernel": 0,
+    "head/projection/kernel": 1,
+}  # fmt: skip
+
+
+def test_nothing_that_heads_inner_features_or_tokens_have_is_left_whole():
+    """In a model with every weight; its sizes say which is which."""
+    heads, kv_heads, inner, vocabulary = 10, 5, 17, 13
+    model = CausalLM(
+        vocabulary, 8, 3, heads, kv_heads, key_dim=3, ffn_expansion=inner / 8, use_bias=True,
+        use_gate=True, qk_norm=True, tie_embeddings=False,
+        normalizer=[
+            SSMax(use_bias=True),
+            SinkSoftmax(length_scale=AdaptiveLogScale()),
+            Softmax(length_scale=QueryAwareScale(hidden_size=11)),
+        ],
+    )  # fmt: skip
+    mesh = keras.distribution.DeviceMesh((1, 2), ("batch", "model"), ["cpu:0", "cpu:1"])
+    layouts, met = layout_map(mesh), {}
+    for variable in model.variables:
+        split = [
+            i for i, x in enumerate(variable.shape) if x in (heads, kv_heads, inner, vocabulary)
+        ]
+        layout = layouts[variable.path]
+        axes = layout.axes if layout else (None,) * len(variable.shape)
+        assert [i for i, axis in enumerate(axes) if axis] == split, variable.path
+        assert len(axes) == len(variable.shape)
+        if split:
+            name = re.sub(r"^causal_lm(_\d+)?/(block_\d/)?", "", variable.path)
+            [met[name]] = split
+    assert met == SPLIT
 
 
 @pytest.mark.backend("jax", reason="keras.distribution is for JAX")

@@ -5,6 +5,7 @@ KERAS_BACKEND=jax python distribute_jax.py single|data|model OUTPUT.json
 
 import json
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -16,6 +17,50 @@ from support.cases import sequences
 
 import keras_ssattn
 from keras_ssattn.distribution import layout_map
+from keras_ssattn.models import CausalLM
+
+# Sizes that two devices cannot share.
+UNEVEN = {
+    "num_heads": {"num_heads": 3},
+    "num_kv_heads": {"num_kv_heads": 1},
+    "ffn_expansion": {"ffn_expansion": 1.25},
+    "vocabulary_size": {"vocabulary_size": 9},
+}
+
+
+def shards_of(variables):
+    """The shape of each variable, and that of the part which the first device has."""
+    return {
+        x.path: (list(x.shape), list(x.value.addressable_shards[0].data.shape)) for x in variables
+    }
+
+
+def errors():
+    found = {}
+    for name, options in UNEVEN.items():
+        sizes = {"vocabulary_size": 8, "hidden_size": 12, "num_layers": 1, "num_heads": 2}
+        try:
+            CausalLM(**{**sizes, **options}, name="model")
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def exchanges():
+    """The kinds of exchange between devices in a language model's gradient."""
+    model = CausalLM(8, 8, 1, num_heads=4, num_kv_heads=2)
+    values = [x.value for x in model.trainable_variables]
+    layout = keras.distribution.distribution().get_data_layout((4, 8))
+    tokens = keras.distribution.distribute_tensor(np.ones((4, 8), "int32"), layout)
+
+    def loss(values, tokens):
+        logits, _ = model.stateless_call(values, [], tokens)
+        return keras.ops.mean(keras.ops.logsumexp(logits, -1))
+
+    places = [x.sharding for x in values]
+    step = jax.jit(jax.grad(loss), out_shardings=places).lower(values, tokens).compile()
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    return sorted(set(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text())))
 
 
 def main(kind, output):
@@ -43,13 +88,14 @@ def main(kind, output):
         shuffle=False,
         verbose=0,
     ).history["loss"]
-    shards = {
-        v.path: (list(v.shape), list(v.value.addressable_shards[0].data.shape))
-        for v in model.trainable_variables
-    }
+    adam = keras.optimizers.Adam()
+    adam.build(model.trainable_variables)
+    found = {"shards": shards_of(model.trainable_variables), "adam": shards_of(adam.variables)}
+    if kind == "model":
+        found.update(errors=errors(), exchanges=exchanges())
     outputs = np.asarray(model.predict(sequences(seed=5), verbose=0)).tolist()
     with open(output, "w") as file:
-        json.dump({"losses": losses, "outputs": outputs, "shards": shards}, file)
+        json.dump({"losses": losses, "outputs": outputs, **found}, file)
     assert jax.device_count() == 4
 
 

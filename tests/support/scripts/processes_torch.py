@@ -25,6 +25,8 @@ def shard(model):
     """
     parts = [model.token_embedding, *model.blocks, model.head]
     for part in parts:
+        for module in list(part.modules()):
+            module.named_parameters()  # has older Keras collect them, which FSDP2 must not do
         # a tied head takes the embeddings after their layer's call
         fully_shard(part, reshard_after_forward=part is not model.token_embedding)
         part.register_forward_pre_hook(follow)
