@@ -155,13 +155,13 @@ def memory_along_time() -> str:
     """The memory of attention on each of four devices along time, and on one."""
     rows = [
         [
-            f"{x['heads']} heads of {x['size']}, {x['key_heads']} of keys",
+            f"{x['heads']} x {x['size']}, {x['key_heads']} x {x['size']}",
             *(f"{x[of] / 2**20:.0f} MiB" for of in ("bytes_of_one", "bytes")),
             f"{x['bytes'] / x['bytes_of_one']:.2f}",
         ]
         for x in result("benchmarks/results/devices-jax.json")["attention"]
     ]
-    return report.table(["", "one device", "each of four", "part"], rows)
+    return report.table(["heads of queries, of keys", "one device", "each of four", "part"], rows)
 
 
 def speed() -> str:

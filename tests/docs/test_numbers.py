@@ -449,3 +449,26 @@ def test_memory_of_devices():
         f"take 2 x {layers} layers x {heads} heads x {size} x 2 bytes, {1e-3 * position:.0f} kB; "
         f"of 32768 positions, {1e-9 * 32768 * position:.1f} GB",
     )
+
+
+def test_what_devices_send():
+    found = result("benchmarks/results/devices-jax.json")
+    base, *larger = found["steps"]
+    sent = {axis: base["along"][axis]["sent"] for axis in result_tables.DEVICES}
+    for step in larger[:2]:  # twice the batch, and twice the length
+        assert step["along"]["batch"]["sent"] < 1.03 * sent["batch"]
+        assert 1.9 < step["along"]["sequence"]["sent"] / sent["sequence"] < 2
+    for step in found["steps"]:
+        n, width = step["devices"], step["width"]
+        activations = 4 * step["batch"] * step["length"] * width * found["layers"]
+        weights = step["along"]["batch"]["sent"]
+        # keys and values n - 1 times forward and backward, their gradients once more, to be home
+        turns = 2 * (n - 1) + 2 * (n - 1) + 2 * n
+        expected = activations / n * turns + weights
+        all_sent = step["along"]["sequence"]["sent"]
+        # of two devices XLA keeps the keys of the forward pass for the backward pass
+        assert math.isclose(all_sent, expected, rel_tol=0.02) or (n == 2 and all_sent < expected)
+    least = 4 * 2 * (3 / 4) * 4 * base["batch"] * base["length"] * base["width"] * found["layers"]
+    assert round(sent["model"] / least) == 3
+    *parts, small = (x["bytes"] / x["bytes_of_one"] for x in found["attention"])
+    assert max(parts) <= 0.35 < small

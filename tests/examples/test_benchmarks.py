@@ -17,6 +17,7 @@ from support.cases import COMPARED
 from support.helpers import relative_error, to_numpy
 
 import keras_ssattn
+from keras_ssattn.models import CausalLM
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks"
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -73,6 +74,22 @@ def copy_weights(ours, reference):
 def assign(layer, source):
     for weight, value in zip(layer.weights, source.weights, strict=True):
         weight.assign(to_numpy(value))  # JAX would share the array, and training deletes it
+
+
+@pytest.mark.backend("jax", reason="its devices are simulated")
+def test_devices_reports_what_each_sends(tmp_path):
+    """Along the batch, the gradients of all weights; and none of them needs more than one alone."""
+    result, _ = run_small("devices.py", tmp_path / "result.json")
+    [step], count = result["steps"], result["steps"][0]["devices"]
+    model = CausalLM(result["vocabulary"], step["width"], result["layers"], result["heads"])
+    share = 4 * 2 * (count - 1) / count
+    weights, embedding = share * model.count_params(), share * result["vocabulary"] * step["width"]
+    # the gradient of a tied embedding may be summed in two parts
+    assert weights <= step["along"]["batch"]["sent"] < 1.02 * (weights + embedding)
+    for found in step["along"].values():
+        assert found["sent"] > 0.99 * weights or found is step["along"]["model"]
+        assert 0 < found["bytes"] < step["bytes_of_one"]
+    assert all(0 < x["bytes"] < x["bytes_of_one"] for x in result["attention"])
 
 
 def test_train_step_reports_every_model(tmp_path, backend):
