@@ -135,6 +135,10 @@ def over_devices(
     """
     import jax
 
+    if not hasattr(jax, "shard_map"):
+        raise NotImplementedError(
+            f"`sequence_axis` needs JAX 0.6 or later. Received: JAX {jax.__version__}"
+        )
     split = jax.sharding.PartitionSpec
     in_specs = tuple(split(*names) for names in inputs)
     mapped = jax.shard_map(

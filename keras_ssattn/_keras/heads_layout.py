@@ -11,7 +11,9 @@ def heads_layout() -> keras.distribution.TensorLayout | None:
         return None
     distribution = keras.distribution.distribution()
     layout = None if distribution is None else distribution.get_tensor_layout(HEADS)
-    return layout if layout is not None and size_of(layout, 1) > 1 else None
+    if layout is None or len(layout.axes) != 4:  # a pattern for everything else may match as well
+        return None
+    return layout if size_of(layout, 1) > 1 else None
 
 
 def size_of(layout: keras.distribution.TensorLayout, axis: int) -> int:

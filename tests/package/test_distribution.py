@@ -9,8 +9,16 @@ import pytest
 from support import SCRIPTS
 from support.helpers import launch
 
+from keras_ssattn._keras.heads_layout import heads_layout
 from keras_ssattn.distribution import layout_map
-from keras_ssattn.layers import AdaptiveLogScale, QueryAwareScale, SinkSoftmax, Softmax, SSMax
+from keras_ssattn.layers import (
+    AdaptiveLogScale,
+    MultiHeadAttention,
+    QueryAwareScale,
+    SinkSoftmax,
+    Softmax,
+    SSMax,
+)
 from keras_ssattn.models import CausalLM
 
 
@@ -164,3 +172,18 @@ def test_a_released_model_is_loaded_in_parts(tmp_path):
         share = 4 if len(shape) > 1 else 1
         assert [np.prod(part) * share for part in parts] == [np.prod(shape)] * 4, path
     assert found["whole"] <= 16
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+@pytest.mark.parametrize("axes", [("model",), (None, "model"), (None, "model", None)])
+def test_layouts_of_ones_own_may_be_of_another_rank(axes):
+    """Of patterns that match everything, what a layout can do is for Keras to say."""
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*kernel|keras_ssattn.*"] = axes
+    parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    with parallel.scope():
+        assert heads_layout() is None
+        attention = MultiHeadAttention(2, 4, implementation="tiled")
+        x = np.ones((1, 3, 8), "float32")
+        assert attention(x, x).shape == (1, 3, 8)

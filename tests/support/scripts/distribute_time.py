@@ -53,6 +53,13 @@ CASES = {
         {"batch": 3},
         {"mask": RNG.random((1, 4, 1, 40)) > 0.3},
     ),
+    "a window that hides nothing": ((1, 4, 1), "softmax", {}, {"window": 2**31 - 8}),
+    "the last positions": (
+        (1, 4, 1),
+        "softpick",
+        {},
+        {"causal": True, "window": 9, "query_offset": np.array([2**31 - 41, 3])},
+    ),
     "dense": ((1, 4, 1), "softmax", {}, {"causal": True, "implementation": "dense"}),
 }
 

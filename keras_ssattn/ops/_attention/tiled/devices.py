@@ -13,6 +13,8 @@ from keras_ssattn.ops._attention.tiled.ring import Ring
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
+LARGEST_WINDOW = 2**30
+
 
 def attention(
     make: Callable[[Visibility, Ring], Callable[..., Tensor]],
@@ -35,7 +37,7 @@ def attention(
     ring = Ring(layout.axes[1], size_of(layout, 1))
     query, key, value = arrays
     length = query.shape[1]
-    visibility = _padded(visibility, ring.size, kernel)
+    visibility = _padded(_near(visibility), ring.size, kernel)
     query = _pad(query, visibility.query_length)
     key, value = (_pad(x, visibility.key_length) for x in (key, value))
     sizes = (*query.shape[:2], key.shape[2])
@@ -63,6 +65,22 @@ def attention(
 def _split(x: Tensor, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """The names of the axes over which `x` is split; one of size 1 is there for all."""
     return tuple(None if n == 1 else name for n, name in zip(x.shape, names, strict=False))
+
+
+def _near(visibility: Visibility) -> Visibility:
+    """The same in small numbers: positions of a device's own may be negative, and int32 ends."""
+    window, offset = visibility.window, visibility.query_offset
+    length = visibility.query_length + visibility.key_length
+    if isinstance(offset, int) and window is not None and window >= length + offset:
+        window = None
+    if window is not None and window > LARGEST_WINDOW:
+        raise ValueError(
+            f"`window` must be at most {LARGEST_WINDOW}, or None, for attention that is split over "
+            f"devices along time. Received: window={window}"
+        )
+    beyond = visibility.key_length + (window or 0)  # from here on all see the same
+    offset = min(offset, beyond) if isinstance(offset, int) else ops.minimum(offset, beyond)
+    return dataclasses.replace(visibility, window=window, query_offset=offset)
 
 
 def _padded(visibility: Visibility, count: int, kernel: Kernel) -> Visibility:
