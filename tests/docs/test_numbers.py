@@ -469,6 +469,6 @@ def test_what_devices_send():
         # of two devices XLA keeps the keys of the forward pass for the backward pass
         assert math.isclose(all_sent, expected, rel_tol=0.02) or (n == 2 and all_sent < expected)
     least = 4 * 2 * (3 / 4) * 4 * base["batch"] * base["length"] * base["width"] * found["layers"]
-    assert round(sent["model"] / least) == 3
+    assert math.isclose(sent["model"] / least, 2, rel_tol=0.02)
     *parts, small = (x["bytes"] / x["bytes_of_one"] for x in found["attention"])
     assert max(parts) <= 0.35 < small
