@@ -51,7 +51,7 @@ class KeptProperty:
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function, self.__doc__ = function, function.__doc__
+        self.func, self.__doc__ = function, function.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -59,7 +59,7 @@ class KeptProperty:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        value = self.function(instance)
+        value = self.func(instance)
         object.__setattr__(instance, self.name, value)
         return value
 
