@@ -19,7 +19,8 @@ def check_split(owner: Layer, name: str, shape: Shape, change: str) -> None:
     layout = distribution and distribution.get_tensor_layout(path)
     if layout is None:
         return
-    for i, (size, axis) in enumerate(zip(shape, layout.axes, strict=True)):
+    # a layout of the user's own may be of another rank, of which Keras makes what it can
+    for i, (size, axis) in enumerate(zip(shape, layout.axes, strict=False)):
         devices = size_of(layout, i)
         if size % devices:
             raise ValueError(
