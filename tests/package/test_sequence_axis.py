@@ -3,11 +3,17 @@
 import json
 
 import keras
+import numpy as np
 import pytest
 from support import SCRIPTS
 from support.helpers import launch
 
+from keras_ssattn._frameworks import over_devices
+from keras_ssattn._keras.heads_layout import HEADS
 from keras_ssattn.distribution import layout_map
+from keras_ssattn.ops import Visibility
+from keras_ssattn.ops._attention.tiled import devices
+from keras_ssattn.ops.kernels import Softmax
 
 pytestmark = pytest.mark.backend("jax", reason="keras.distribution is for JAX")
 
@@ -62,3 +68,20 @@ def test_layout_map_checks_its_axes(options, message):
         return
     with pytest.raises(ValueError, match=message):
         layout_map(mesh, **options)
+
+
+def test_what_a_ring_cannot_do_is_refused(monkeypatch):
+    import jax
+
+    seen = Visibility.of(4, 4, window=2**30 + 1, query_offset=np.array([0, 3], "int32"))
+    with pytest.raises(ValueError, match=r"`window` must be at most .*Received: window=1073741825"):
+        devices.attention(None, (np.ones((2, 4, 1, 8)),) * 3, Softmax(), seen, layout())
+    monkeypatch.delattr(jax, "shard_map")
+    with pytest.raises(NotImplementedError, match="`sequence_axis` needs JAX 0.6 or later"):
+        over_devices(None, None, [], ())
+
+
+def layout():
+    names = ("batch", "sequence", "model")
+    mesh = keras.distribution.DeviceMesh((1, 1, 1), names, keras.distribution.list_devices()[:1])
+    return layout_map(mesh, sequence_axis="sequence")[HEADS]
