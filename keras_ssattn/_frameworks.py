@@ -85,6 +85,16 @@ def is_compiling() -> bool:
     return keras.backend.backend() == "torch" and torch.compiler.is_compiling()
 
 
+def is_recording() -> bool:
+    """Whether what runs may be differentiated later; PyTorch alone says that it will not be."""
+    return keras.backend.backend() != "torch" or torch.is_grad_enabled()
+
+
+def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
+    """PyTorch's function of that name, with its result in `out`."""
+    return getattr(torch, name)(*args, out=out)
+
+
 def uncompiled(function: Callable) -> Callable:
     """A function that `torch.compile` leaves to run as it is, between two graphs."""
     return torch.compiler.disable(function) if keras.backend.backend() == "torch" else function

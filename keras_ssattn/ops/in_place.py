@@ -42,6 +42,18 @@ def expm1_and_exp(x: Tensor) -> tuple[Tensor, Tensor]:
     return d, d + 1.0
 
 
+def subtract_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """`x - y z`, for z that broadcasts to x and y; it is x that is written over."""
+    return x.addcmul_(y, z, value=-1) if stacks.runs_eagerly() else x - y * z
+
+
+def hide(x: Tensor, visible: Tensor, absent: float) -> Tensor:
+    """`absent` where x is not visible."""
+    if stacks.runs_eagerly():
+        return x.masked_fill_(visible.logical_not(), absent)
+    return ops.where(visible, x, absent)
+
+
 def absolute(x: Tensor) -> Tensor:
     """|x|."""
     return x.abs_() if stacks.runs_eagerly() else abs(x)
@@ -57,17 +69,34 @@ def sign(x: Tensor) -> Tensor:
     return x.sign_() if stacks.runs_eagerly() else ops.sign(x)
 
 
+def room(x: Tensor, columns: int) -> Tensor | None:
+    """Memory for `product`, one after another, with the rows of x; `None` where nothing needs it."""
+    return x.new_empty((*x.shape[:-1], columns)) if stacks.runs_eagerly() else None
+
+
+def product(x: Tensor, y: Tensor, into: Tensor | None, factor: float = 1.0) -> Tensor:
+    """`x @ y`, for stacks of matrices; what is written over is `into`, of `room`.
+
+    On PyTorch it may be multiplied by a factor, which costs nothing.
+    """
+    if not stacks.runs_eagerly():
+        return x @ y
+    x, y = x.flatten(0, -3), y.flatten(0, -3)
+    into.view(-1, *into.shape[-2:]).baddbmm_(x, y, beta=0, alpha=factor)
+    return into
+
+
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """`total + x @ y`, for matrices `[B, K, ...]`; it is `total` that is written over."""
+    """`total + x @ y`, for stacks of matrices; it is `total`, contiguous, that is written over."""
     if not stacks.runs_eagerly():
         return total + x @ y
-    total.view(-1, *total.shape[2:]).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
+    total.view(-1, *total.shape[-2:]).baddbmm_(x.flatten(0, -3), y.flatten(0, -3))
     return total
 
 
 def add_product_to(tiles: Tensor, index: Size, x: Tensor, y: Tensor) -> Tensor:
-    """The tiles with `x @ y` added to one of them."""
-    if not stacks.runs_eagerly() or tiles[index] is None:
+    """The stack of tiles with `x @ y` added to one of them."""
+    if not stacks.runs_eagerly():
         return stacks.add(tiles, index, x @ y)
     add_product(tiles[index], x, y)
     return tiles

@@ -1,19 +1,20 @@
 """Tensors cut into tiles along time, and loops over them that every backend runs well.
 
-TensorFlow and JAX keep the tiles of a tensor stacked along a first axis and read and write them
-by a traced index. PyTorch runs such loops eagerly, where a write would copy the whole stack: it
-keeps a list of tiles.
+Tiles are stacked along a first axis. TensorFlow and JAX read and write them by a traced index.
+PyTorch runs such loops eagerly, and writes into the stack itself.
 """
 
+import functools
 from collections.abc import Callable
 
 import keras
 from keras import ops
 
-from keras_ssattn._tensors import is_known
+from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
 
 
+@functools.cache  # it is asked for every tile
 def runs_eagerly() -> bool:
     """Whether loops are Python's own, with integers for indices."""
     return keras.backend.backend() == "torch"
@@ -79,33 +80,65 @@ def unstack(x: Tensor) -> Tensor | list[Tensor]:
     return list(ops.unstack(x)) if runs_eagerly() else x
 
 
-def empty(count: Size, shape: Shape, dtype: DType) -> Tensor | list[None]:
-    """Tiles to write: zeros of `shape`."""
-    return [None] * count if runs_eagerly() else ops.zeros((count, *shape), dtype)
+def matrices(x: Tensor) -> Tensor | list[Tensor]:
+    """Tiles of numbers to `read`, many times each: of half precision compilers widen one by one."""
+    if not runs_eagerly():
+        return x
+    x = widen(x)
+    return unstack(x if x.shape[1] == 1 else x.contiguous())  # of one batch, no product copies them
+
+
+def read(tiles: Tensor | list[Tensor], index: Size) -> Tensor:
+    """One of `matrices`, float32 or wider."""
+    return tiles[index] if runs_eagerly() else widen(tiles[index])
+
+
+def read_once(tiles: Tensor | list[Tensor], index: Size) -> Tensor:
+    """A tile of any stack, float32 or wider."""
+    x = widen(tiles[index])
+    return x.contiguous() if runs_eagerly() else x
+
+
+def empty(count: Size, shape: Shape, dtype: DType) -> Tensor:
+    """A stack to write to: zeros. PyTorch's lies in memory as `merge` wants it."""
+    if runs_eagerly():
+        batch, heads, rows, width = shape
+        return ops.zeros((batch, count, rows, heads, width), dtype).permute(1, 0, 3, 2, 4)
+    return ops.zeros((count, *shape), dtype)
 
 
 def write(tiles: Tensor, index: Size, x: Tensor) -> Tensor:
-    """The tiles with one of them replaced."""
+    """The stack with one tile replaced."""
     if runs_eagerly():
         tiles[index] = x
         return tiles
     return ops.slice_update(tiles, place(index, *(0 for _ in x.shape)), ops.expand_dims(x, 0))
 
 
-def place(*index: Size) -> tuple[Size, ...]:
-    """Casts indices to int32: JAX wants one dtype, and 64-bit mode mixes two."""
-    return index if runs_eagerly() else tuple(ops.cast(x, "int32") for x in index)
-
-
 def add(tiles: Tensor, index: Size, x: Tensor) -> Tensor:
-    """The tiles with `x` added to one of them."""
-    if runs_eagerly() and tiles[index] is None:
-        return write(tiles, index, x)
+    """The stack with `x` added to one tile."""
+    if runs_eagerly():
+        tiles[index] += x
+        return tiles
     return write(tiles, index, tiles[index] + x)
 
 
-def stack(tiles: Tensor, shape: Shape, dtype: DType) -> Tensor:
-    """The tiles as one tensor; those never written are zeros of `shape`."""
+def add_between(tiles: Tensor, start: Size, stop: Size, x: Tensor) -> Tensor:
+    """The stack with `x` added to its tiles from `start` to `stop`, without it."""
     if runs_eagerly():
-        return ops.stack([ops.zeros(shape, dtype) if x is None else x for x in tiles])
-    return tiles
+        tiles[start:stop] += x
+        return tiles
+    return loop(start, stop, lambda j, tiles: add(tiles, j, x), tiles)
+
+
+def sum_between(tiles: Tensor, start: Size, stop: Size) -> Tensor:
+    """The sum of the tiles of a stack from `start` to `stop`, without it."""
+    if runs_eagerly():
+        return tiles[start:stop].sum(0)
+    zeros = ops.zeros(ops.shape(tiles)[1:], tiles.dtype)
+    return loop(start, stop, lambda j, total: total + tiles[j], zeros)
+
+
+def place(*index: Size) -> tuple[Size, ...]:
+    """Casts indices to int32: JAX wants one dtype, and 64-bit mode mixes two."""
+    return index if runs_eagerly() else tuple(ops.cast(x, "int32") for x in index)

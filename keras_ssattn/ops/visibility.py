@@ -277,7 +277,7 @@ class Visibility:
         tile_count, *tile = ops.shape(tiles[0])
         counts = stacks.empty(tile_count, tile, "int32")
         counts = ops.fori_loop(0, tile_count, count, counts)
-        counts = stacks.merge(stacks.stack(counts, tile, "int32"), length)  # [B, T, 1, 1]
+        counts = stacks.merge(counts, length)  # [B, T, 1, 1]
         return ops.reshape(counts, (ops.shape(counts)[0], 1, length))
 
 

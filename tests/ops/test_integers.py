@@ -287,6 +287,7 @@ import keras, numpy as np
 from keras_ssattn import layers, models, ops
 from support import oracle
 
+keras.utils.set_random_seed(0)  # no stop token is drawn
 model = models.CausalLM(20, 8, 1, 2, sliding_window=2, padding_id=0, normalizer="softpick")
 prompts = [[1, 2, 3], [4]]
 options = {"temperature": 0.8, "top_k": 3, "top_p": 0.9, "seed": 1, "stop_tokens": [7]}

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from keras_ssattn._frameworks import is_compiling
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor, widen
 from keras_ssattn._typing import Number, Tensor
-from keras_ssattn.ops import kernels
+from keras_ssattn.ops import kernels, stacks
 from keras_ssattn.ops._attention import dense, fused
 from keras_ssattn.ops._attention.tiled import gradient as tiled
 from keras_ssattn.ops.kernels import Kernel
@@ -21,9 +22,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "fused": fused.attention,
     "flash": functools.partial(fused.attention, flash=True),  # layers ask for it
 }
-# T * S beyond which tiles are faster than all weights, measured on two CPU cores; and the most
-# entries of a mask for the fused kernel, 16 MiB in float32.
-DENSE_UP_TO, MASKED_UP_TO = 2**19, 2**22
+# T * S beyond which tiles are faster than all weights, measured on two CPU cores, and on PyTorch
+# also B * H * T * S, of weights of so many keys at least; and the most entries of a mask for the
+# fused kernel, 16 MiB in float32.
+DENSE_UP_TO, WEIGHTS_UP_TO, LEAST_KEYS, MASKED_UP_TO = 2**19, 2**21, 256, 2**22
 
 
 def attend(
@@ -111,9 +113,18 @@ def _fastest(
     if is_exporting():  # formats that other runtimes read have no loops over tiles
         return "dense"
     if is_known(size):
-        return "tiled" if size > DENSE_UP_TO else "dense"
+        return "tiled" if size > DENSE_UP_TO or _are_many(query, key) else "dense"
     # Under XLA, TensorFlow has no gradient of a choice made when the graph runs.
     return "tiled" if keras.backend.backend() == "tensorflow" else "dense"
+
+
+def _are_many(query: Tensor, key: Tensor) -> bool:
+    """Whether weights of all heads no longer fit where PyTorch, on a CPU, works them over."""
+    if not stacks.runs_on_cpu_eagerly(query) or is_compiling():
+        return False
+    batch, length, num_heads = query.shape[:3]
+    weights = batch * num_heads * length * key.shape[1]
+    return is_known(weights) and weights >= WEIGHTS_UP_TO and min(length, key.shape[1]) >= LEAST_KEYS
 
 
 def _require_fused(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_ssattn._tensors import dtype_of, widen
-from keras_ssattn._typing import Shape, Size, Tensor
+from keras_ssattn._tensors import widen
+from keras_ssattn._typing import Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.forward import Residuals, Tiles
 
@@ -54,25 +54,27 @@ def run(residuals: Residuals, upstream: Tensor, tiles: Tiles) -> Gradients:
 
 def start(tiles: Tiles) -> tuple[Tensor, Sums]:
     """Tiles of dq and sums to add to."""
-    shapes, dtype = _shapes(tiles), tiles.dtype
-    count, key_tiles = ops.shape(tiles.queries)[0], ops.shape(tiles.keys)[0]
-    counts = (count, key_tiles, key_tiles, key_tiles if tiles.kernel.linear else 0)
-    dqs, *sums = (stacks.empty(n, x, dtype) for n, x in zip(counts, shapes, strict=True))
-    return dqs, Sums(*sums)
+    *heads, width, size = ops.shape(tiles.keys)[1:]
+    count, *row = ops.shape(tiles.queries)
+    keys, dtype = ops.shape(tiles.keys)[0], tiles.dtype
+    dks = ops.zeros((keys, *heads, size, width), dtype)
+    dvs = ops.zeros((keys, *heads, tiles.values.shape[-1], width), dtype)
+    states = ops.zeros((keys if tiles.kernel.linear else 0, *tiles.state_shape), dtype)
+    return stacks.empty(count, row, dtype), Sums(dks, dvs, states)
 
 
 def add(
     tiles: Tiles, residuals: Residuals, upstream: Tensor, dqs: Tensor, sums: Sums
 ) -> tuple[Tensor, Sums]:
     """Adds what the keys of `tiles` give to the gradients of the queries, and to their own."""
-    kernel = tiles.kernel
-    parts = (*residuals._replace(keys=tiles.keys, values=tiles.values), upstream)
-    queries, keys, values, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
-    products = tiles.products if kernel.linear else None
+    kernel, (keys, values) = tiles.kernel, tiles.pairs
+    parts = tiles.queries, *residuals[3:], upstream
+    queries, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dqs, sums = stores[0], Sums(*stores[1:])
-        q, dn = widen(queries[i]), upstreams[i] / totals[i]
+        q = stacks.read_once(queries, i) * tiles.scale
+        dn = stacks.read_once(upstreams, i) / totals[i]
         tile = QueryTile(
             q,
             in_place.transpose(q),
@@ -82,15 +84,16 @@ def add(
             delta=in_place.row_sum(dn * outputs[i]),
         )
         dq = ops.zeros(ops.shape(q), tiles.dtype)
+        part = tiles.hurried if tiles.holds(i, tile.maximum, totals[i]) else tiles
         for start, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
-                dq, sums = _add_linear(tiles, tile, keys, products, i, (start, stop), dq, sums)
+                dq, sums = _add_linear(tiles, tile, keys, (start, stop), dq, sums)
             else:
-                step = _adder(tiles, tile, keys, values, i, cut)
+                step = _adder(part, tile, keys, values, i, cut)
                 carry = (dq, sums.keys, sums.values)
                 dq, dks, dvs = stacks.loop(start, stop, step, carry)
                 sums = sums._replace(keys=dks, values=dvs)
-        return stacks.add(dqs, i, dq), *sums
+        return stacks.add(dqs, i, dq * tiles.scale), *sums
 
     dqs, *found = stacks.loop(0, ops.shape(tiles.queries)[0], over_queries, (dqs, *sums))
     return dqs, Sums(*found)
@@ -100,26 +103,16 @@ def finish(
     tiles: Tiles, residuals: Residuals, upstream: Tensor, dqs: Tensor, sums: Sums
 ) -> Gradients:
     """The gradients, from the sums over all queries and keys."""
-    kernel, shapes = tiles.kernel, _shapes(tiles)
-    stores = zip((dqs, sums.keys, sums.values), shapes[:3], strict=True)
-    dq, dk, dv = (stacks.stack(s, x, tiles.dtype) for s, x in stores)
-    dk, dv = in_place.transpose(dk), in_place.transpose(dv)
+    kernel, dk, dv = tiles.kernel, sums.keys, sums.values
     if kernel.linear:
-        states = stacks.stack(sums.states, shapes[3], tiles.dtype)
-        dk = dk + widen(tiles.values) @ in_place.transpose(states)
-        dv = dv + widen(tiles.keys) @ states
+        dk = in_place.add_product(dk, sums.states, in_place.transpose(widen(tiles.values)))
+        states = in_place.transpose(sums.states)
+        dv = in_place.add_product(dv, states, in_place.transpose(widen(tiles.keys)))
     constants = ()
     if kernel.tensors:
         delta = in_place.row_sum(upstream * residuals.outputs) / residuals.totals
         constants = kernel.constant_gradient(residuals.maxima, delta)
-    return Gradients(dq, dk, dv, constants)
-
-
-def _shapes(tiles: Tiles) -> tuple[Shape, ...]:
-    """The shapes of a tile of dq, and of each of `Sums`."""
-    *heads, width, size = ops.shape(tiles.keys)[1:]
-    keys, values = (*heads, size, width), (*heads, tiles.values.shape[-1], width)
-    return ops.shape(tiles.queries)[1:], keys, values, tiles.state_shape
+    return Gradients(dqs, in_place.transpose(dk), in_place.transpose(dv), constants)
 
 
 def _adder(
@@ -130,14 +123,16 @@ def _adder(
 
     def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dq, dks, dvs = carry
-        x = tiles.logits(tile.q, keys[j], i, j, cut)
-        upstream = tile.dn @ in_place.transpose(widen(values[j]))
+        k, v = stacks.read(keys, j), stacks.read(values, j)
+        visible = tiles.band.visible(i, j) if cut else None
+        x = tiles.logits(tile.q, k, j, visible)
+        upstream = in_place.product(tile.dn, in_place.transpose(v), tiles.rooms[1])
         f, dx = kernel.gradient(x, tile.maximum, upstream, tile.delta)
-        if cut and kernel.linear:
-            dx = dx * ops.cast(tiles.band.visible(i, j), dtype_of(dx))
+        if visible is not None and kernel.linear:
+            dx = in_place.hide(dx, visible, 0.0)
         dks = in_place.add_product_to(dks, j, tile.q_transposed, dx)
         dvs = in_place.add_product_to(dvs, j, tile.dn_transposed, f)
-        return in_place.add_product(dq, dx, widen(keys[j])), dks, dvs
+        return in_place.add_product(dq, dx, k), dks, dvs
 
     return add
 
@@ -146,8 +141,6 @@ def _add_linear(
     tiles: Tiles,
     tile: QueryTile,
     keys: Tensor,
-    products: Tensor,
-    i: Size,
     stretch: tuple[Size, Size],
     dq: Tensor,
     sums: Sums,
@@ -157,19 +150,16 @@ def _add_linear(
     dx = dn . v - sign(x) delta, and only its second half needs x.
     """
     towards_keys = in_place.transpose(-tile.delta * tile.q)
-    outer = tile.q_transposed @ tile.dn
 
-    def add(j: Size, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        signed, state, dks, states = carry
-        sign = in_place.sign(tiles.logits(tile.q, keys[j], i, j, cut=False))
+    def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        signed, dks = carry
+        k = stacks.read(keys, j)
+        sign = in_place.sign(tiles.logits(tile.q, k, j))
         dks = in_place.add_product_to(dks, j, towards_keys, sign)
-        states = stacks.add(states, j, outer)
-        signed = in_place.add_product(signed, sign, widen(keys[j]))
-        state += products[j]
-        return signed, state, dks, states
+        return in_place.add_product(signed, sign, k), dks
 
-    state = ops.zeros(tiles.state_shape, dtype_of(dq))
-    carry = (ops.zeros_like(dq), state, sums.keys, sums.states)
-    signed, state, dks, states = stacks.loop(*stretch, add, carry)
+    signed, dks = stacks.loop(*stretch, add, (ops.zeros_like(dq), sums.keys))
+    states = stacks.add_between(sums.states, *stretch, tile.q_transposed @ tile.dn)
+    state = stacks.sum_between(tiles.products, *stretch)
     dq = dq + tile.dn @ in_place.transpose(state) - tile.delta * signed
     return dq, sums._replace(keys=dks, states=states)

@@ -11,9 +11,9 @@ from keras_ssattn.ops import stacks
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility, end_of_window
 
-# Positions in a tile, at most; measured on two CPU cores. PyTorch writes and reads a tile once for
-# each operation, on a CPU best in the cache of a core; elsewhere it takes tiles twice as long.
-QUERY_TILE, KEY_TILE = 256 if stacks.runs_eagerly() else 512, 256
+# Positions in a tile, at most, measured on two CPU cores; and what its logits may be in all. PyTorch
+# writes and reads a tile once for each operation, on a CPU best in a cache.
+QUERY_TILE, KEY_TILE, IN_CACHE = 512, 256, 2**19
 
 
 class TileSizes(NamedTuple):
@@ -23,12 +23,21 @@ class TileSizes(NamedTuple):
     key: Size
 
     @classmethod
-    def of(cls, visibility: Visibility, group_size: int, scale: int = 1) -> "TileSizes":
-        """The sizes for these lengths; G = `group_size` query heads fill a tile together."""
-        most = max(scale * QUERY_TILE // group_size, 1)
+    def of(cls, visibility: Visibility, query: Tensor, num_kv_heads: int) -> "TileSizes":
+        """The sizes for these lengths and for queries `[B, T, H, D]`.
+
+        G = H / K query heads fill a tile together, and B K tiles lie side by side.
+        """
+        group_size, rows, columns = query.shape[2] // num_kv_heads, QUERY_TILE, KEY_TILE
+        if stacks.runs_on_cpu_eagerly(query):
+            count = query.shape[0] * num_kv_heads
+            while rows * columns * count > IN_CACHE and max(rows, columns) > 128:
+                rows, columns = (rows // 2, columns) if rows > columns else (rows, columns // 2)
+        elif stacks.runs_eagerly():
+            columns *= 2
         return cls(
-            _tile_size(visibility.query_length, most),
-            _tile_size(visibility.key_length, scale * KEY_TILE),
+            _tile_size(visibility.query_length, max(rows // group_size, 1)),
+            _tile_size(visibility.key_length, columns),
         )
 
 
@@ -76,6 +85,10 @@ class Band:
             if stacks.runs_eagerly():
                 self.first_offset, self.last_offset = int(self.first_offset), int(self.last_offset)
 
+        self.columns = ops.arange(sizes.key, dtype="int32")
+        rows = ops.tile(ops.arange(sizes.query, dtype="int32"), (group_size,))
+        self.rows = ops.expand_dims(rows, -1)
+
     def seeing(self, visibility: Visibility) -> "Band":
         """The same tiles, of which something else is seen."""
         return Band(visibility, self.sizes, self.group_size, *self._heads_and_kernel)
@@ -94,6 +107,10 @@ class Band:
         whole, end = self._seen_whole(first, last, start, stop)
         stretches = [(start, whole, True), (whole, end, False), (end, stop, True)]
         return [x for x in stretches if not _is_empty(*x[:2])]
+
+    def num_keys(self, i: Size) -> Size:
+        """Keys in the tiles of which tile i of the queries sees anything."""
+        return sum(stop - start for start, stop, _ in self.ranges(i)) * self.sizes.key
 
     def _seen(self, first: Size, last: Size) -> tuple[Size, Size]:
         """The tiles of which anything is seen."""
@@ -123,11 +140,10 @@ class Band:
 
     def visible(self, i: Size, j: Size) -> Tensor:
         """Boolean, broadcastable to `[B, K, rows, keys]`, for a tile that the mask cuts."""
-        columns = ops.arange(self.sizes.key, dtype="int32") + j * self.sizes.key
+        columns = self.columns + j * self.sizes.key
         parts = []
         if self.causal or self.window is not None:
-            rows = ops.tile(ops.arange(self.sizes.query, dtype="int32"), (self.group_size,))
-            rows = ops.expand_dims(rows + i * self.sizes.query, -1) + self.offset  # [.., rows, 1]
+            rows = self.rows + (i * self.sizes.query + self.offset)  # [.., rows, 1]
             if self.causal:
                 parts.append(columns <= rows)
             if self.window is not None:

@@ -2,8 +2,7 @@
 
 The logits are computed a tile at a time, here and again in the backward pass; `kernels.py` has the
 formulas. In both, one loop over the tiles of queries has another over the tiles of keys that they
-see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows, with every scale
-multiplied in; keys `[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is
+see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows; keys `[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is
 float32 or wider. Sums are augmented assignments, which PyTorch does in place.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
@@ -12,15 +11,17 @@ arXiv 2006.16236 (the state of linear attention).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
 
 from keras_ssattn._tensors import KeptProperty, dtype_of, widen
-from keras_ssattn._typing import DType, Shape, Size, Tensor
+from keras_ssattn._typing import DType, Number, Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
+from keras_ssattn.ops._attention.tiled.quick import PowersOfTwo
 from keras_ssattn.ops.kernels import TILES, Kernel
 
 
@@ -49,13 +50,34 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """Queries, keys and values as stacks, and the logits of any two tiles of them."""
+    """Queries, keys and values as stacks, and the logits of any two tiles of them.
+
+    Attributes:
+        queries: n tiles.
+        keys: m tiles.
+        values: m tiles.
+        kernel: of the normalizer.
+        band: which tiles are visited.
+        scale: what the queries are multiplied by.
+        quick: a quicker kernel, if there is one.
+        unit: what the logits are multiplied by.
+    """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     kernel: Kernel
     band: Band
+    scale: Number
+    quick: PowersOfTwo | None = None
+    unit: float = 1.0
+
+    @KeptProperty
+    def hurried(self) -> "Tiles":
+        """The same for the quick kernel."""
+        tiles = dataclasses.replace(self, kernel=self.quick, quick=None, unit=1 / math.log(2))
+        object.__setattr__(tiles, "pairs", self.pairs)
+        return tiles
 
     @property
     def dtype(self) -> DType:
@@ -74,9 +96,20 @@ class Tiles:
         return (*rows, 1), (*rows, 1), (*rows, self.values.shape[-1])
 
     @KeptProperty
-    def products(self) -> Tensor | list[Tensor]:
-        """The sum of k v^T over each tile: what the linear form keeps of it."""
-        return stacks.unstack(in_place.transpose(widen(self.keys)) @ widen(self.values))
+    def pairs(self) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
+        """Keys and values to `stacks.read`."""
+        return stacks.matrices(self.keys), stacks.matrices(self.values)
+
+    @KeptProperty
+    def products(self) -> Tensor:
+        """The sum of k v^T over each tile, a stack: what the linear form keeps of it."""
+        return in_place.transpose(widen(self.keys)) @ widen(self.values)
+
+    @KeptProperty
+    def rooms(self) -> tuple[Tensor | None, ...]:
+        """Where a tile of logits is written, and one of what is multiplied with it."""
+        columns = self.keys.shape[3]
+        return tuple(in_place.room(widen(self.queries[0]), columns) for _ in range(2))
 
     def start(self) -> Rows:
         """The sums of a tile of queries before the first key."""
@@ -85,45 +118,62 @@ class Tiles:
         zeros = (ops.zeros(x, self.dtype) for x in (shape, out_shape))
         return Rows(ops.broadcast_to(start, shape), *zeros)
 
-    def logits(self, q: Tensor, k: Tensor, i: Size, j: Size, cut: bool) -> Tensor:
+    def holds(self, i: Size, maximum: Tensor, total: Tensor) -> bool:
+        """Whether the quick kernel, if there is one, is exact enough for tile i of the queries."""
+        return self.quick is not None and self.quick.holds(maximum, total, self.band.num_keys(i))
+
+    def logits(self, q: Tensor, k: Tensor, j: Size, visible: Tensor | None = None) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
-        x = q @ in_place.transpose(widen(k))
+        x = in_place.product(q, in_place.transpose(k), self.rooms[0], self.unit)
         if self.band.key_mask is not None:
-            x = ops.where(self.band.key_mask[j], x, self.kernel.absent)
-        if cut:
-            x = ops.where(self.band.visible(i, j), x, self.kernel.absent)
+            x = in_place.hide(x, self.band.key_mask[j], self.kernel.absent)
+        if visible is not None:
+            x = in_place.hide(x, visible, self.kernel.absent)
         return x
 
 
 def run(tiles: Tiles) -> Residuals:
     """Attention over all tiles; the outputs are among the residuals."""
-    count, add = ops.shape(tiles.queries)[0], adder(tiles)
+    count = ops.shape(tiles.queries)[0]
+    add = adder(tiles) if tiles.quick is None else _quick_adder(tiles)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = finish(add(i, tiles.start()), tiles.kernel)
         return tuple(stacks.write(s, i, x) for s, x in zip(stores, rows, strict=True))
 
     stores = tuple(stacks.empty(count, x, tiles.dtype) for x in tiles.row_shapes)
-    stores = stacks.loop(0, count, over_queries, stores)
-    parts = zip(stores, tiles.row_shapes, strict=True)
-    return Residuals.of(tiles, Rows(*(stacks.stack(s, x, tiles.dtype) for s, x in parts)))
+    return Residuals.of(tiles, Rows(*stacks.loop(0, count, over_queries, stores)))
 
 
 def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
     """The function of i and `Rows` that adds all keys that tile i of the queries sees."""
-    kernel = tiles.kernel
-    queries, keys, values = (stacks.unstack(x) for x in (tiles.queries, tiles.keys, tiles.values))
-    products = tiles.products if kernel.linear else None
+    kernel, queries, (keys, values) = tiles.kernel, stacks.unstack(tiles.queries), tiles.pairs
 
     def add(i: Size, rows: Rows) -> Rows:
-        q = widen(queries[i])
+        q = stacks.read_once(queries, i) * tiles.scale
         for first, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
-                rows = _add_linear(tiles, rows, q, keys, products, i, (first, stop))
+                rows = _add_linear(tiles, rows, q, keys, (first, stop))
             else:
                 step = _adder(tiles, q, keys, values, i, cut)
                 rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
         return rows
+
+    return add
+
+
+def _quick_adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
+    """`adder`, by the quick kernel as long as it is exact enough."""
+    exact, quick, hurry = adder(tiles), adder(tiles.hurried), True
+
+    def add(i: Size, rows: Rows) -> Rows:
+        nonlocal hurry
+        if hurry and not all(cut for *_, cut in tiles.band.ranges(i)):
+            found = quick(i, tiles.start())
+            hurry = tiles.holds(i, found.maximum, found.total)
+            if hurry:
+                return found
+        return exact(i, rows)
 
     return add
 
@@ -143,7 +193,8 @@ def _adder(
 
     def add(j: Size, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         m, total, out = rows
-        x = tiles.logits(q, keys[j], i, j, cut)
+        visible = tiles.band.visible(i, j) if cut else None
+        x = tiles.logits(q, stacks.read(keys, j), j, visible)
         if kernel.headroom is not None:
             peak = in_place.row_maximum(x)
             if kernel.headroom:
@@ -155,28 +206,21 @@ def _adder(
             out *= shrink
         f, g = kernel.values(x, m, TILES)
         total += in_place.row_sum(g)
-        return m, total, in_place.add_product(out, f, widen(values[j]))
+        return m, total, in_place.add_product(out, f, stacks.read(values, j))
 
     return add
 
 
 def _add_linear(
-    tiles: Tiles,
-    rows: Rows,
-    q: Tensor,
-    keys: Tensor,
-    products: Tensor,
-    i: Size,
-    stretch: tuple[Size, Size],
+    tiles: Tiles, rows: Rows, q: Tensor, keys: Tensor, stretch: tuple[Size, Size]
 ) -> Rows:
     """The sums with a stretch of tiles that are seen whole, of a kernel with f(x) = x."""
 
-    def add(j: Size, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        total, state = carry
-        total += in_place.row_sum(in_place.absolute(tiles.logits(q, keys[j], i, j, cut=False)))
-        state += products[j]
-        return total, state
+    def add(j: Size, total: Tensor) -> Tensor:
+        x = tiles.logits(q, stacks.read(keys, j), j)
+        total += in_place.row_sum(in_place.absolute(x))
+        return total
 
-    carry = (rows.total, ops.zeros(tiles.state_shape, tiles.dtype))
-    total, state = stacks.loop(*stretch, add, carry)
+    total = stacks.loop(*stretch, add, rows.total)
+    state = stacks.sum_between(tiles.products, *stretch)
     return Rows(rows.maximum, total, rows.output + q @ state)

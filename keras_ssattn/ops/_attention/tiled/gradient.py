@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn._frameworks import uncompiled
+from keras_ssattn._frameworks import is_recording, uncompiled
 from keras_ssattn._keras.heads_layout import heads_layout
 from keras_ssattn._tensors import cast, dtype_of, widen
 from keras_ssattn._typing import Number, Tensor
@@ -16,6 +16,7 @@ from keras_ssattn.ops import stacks
 from keras_ssattn.ops._attention.tiled import backward, devices, forward
 from keras_ssattn.ops._attention.tiled.band import Band, TileSizes
 from keras_ssattn.ops._attention.tiled.forward import Tiles
+from keras_ssattn.ops._attention.tiled.quick import quick_kernel
 from keras_ssattn.ops._attention.tiled.ring import Ring
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
@@ -42,20 +43,22 @@ def attention(
         visibility = dataclasses.replace(visibility, key_mask=None)
     if query.shape[-1] == 1:  # XLA would round a product of one number twice, and never alike
         query, key = (ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in (query, key))
-    arrays = (widen(query) * factor * kernel.prescale, key, value)
+    if not isinstance(factor, (int, float)):
+        query, factor = widen(query) * factor, 1.0
+    arrays = query, key, value
     if "float64" in (dtype_of(x) for x in arrays):
         arrays = tuple(ops.cast(x, "float64") for x in arrays)
     layout = heads_layout()
     if layout is not None:
-        make = functools.partial(_with_gradient, kernel)
+        make = functools.partial(_with_gradient, kernel, factor)
         return cast(devices.attention(make, arrays, kernel, visibility, layout), dtype)
-    attend = _with_gradient(kernel, visibility)
+    attend = _with_gradient(kernel, factor, visibility)
     learned = (x + 0.0 for x in kernel.tensors)  # TensorFlow takes no variables here
     return cast(attend(*arrays, *learned, *visibility.tensors), dtype)
 
 
 def _with_gradient(
-    kernel: Kernel, visibility: Visibility, ring: Ring | None = None
+    kernel: Kernel, factor: Number, visibility: Visibility, ring: Ring | None = None
 ) -> Callable[..., Tensor]:
     """The function of query, key, value, and of the tensors of kernel and visibility.
 
@@ -66,7 +69,7 @@ def _with_gradient(
 
     @ops.custom_gradient
     def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, Any]:
-        layout = _Layout(kernel, visibility, query, key, tensors)
+        layout = _Layout(kernel, factor, visibility, query, key, tensors)
         tiles = layout.tiles(query, key, value)
         residuals = forward.run(tiles) if ring is None else ring.forward(tiles)
 
@@ -75,10 +78,8 @@ def _with_gradient(
             upstream = args[0] if upstream is None else upstream
             if stacks.runs_eagerly():  # what follows is never differentiated: keep nothing for it
                 upstream = ops.stop_gradient(upstream)
-            again = _Layout(kernel, visibility, query, key, tensors)
-            tiles = Tiles(
-                residuals.queries, residuals.keys, residuals.values, again.kernel, again.band
-            )
+            again = _Layout(kernel, factor, visibility, query, key, tensors)
+            tiles = again.of(residuals.queries, residuals.keys, residuals.values)
             upstream = stacks.split(upstream, again.sizes.query, again.group_size)
             run = backward.run if ring is None else ring.backward
             return again.gradients(run(residuals, upstream, tiles), query, key, value)
@@ -95,18 +96,19 @@ class _Layout:
     def __init__(
         self,
         kernel: Kernel,
+        factor: Number,
         visibility: Visibility,
         query: Tensor,
         key: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> None:
         own = len(kernel.tensors)
+        self.factor = factor
         self.sinks, self.count = tensors[:own], len(tensors)
         self.group_size = query.shape[2] // key.shape[2]
         lengths = ops.shape(query)[1], ops.shape(key)[1]
         self.visibility = visibility.with_tensors(tensors[own:], *lengths)
-        large = stacks.runs_eagerly() and not stacks.runs_on_cpu_eagerly(query)
-        self.sizes = TileSizes.of(self.visibility, self.group_size, scale=2 if large else 1)
+        self.sizes = TileSizes.of(self.visibility, query, key.shape[2])
         self.band = Band(self.visibility, self.sizes, self.group_size, key.shape[2], kernel)
         self.kernel = kernel.with_tensors(tuple(self._by_row(x) for x in self.sinks))
 
@@ -123,13 +125,17 @@ class _Layout:
         return ops.reshape(ops.sum(x, axis=2), (-1,))
 
     def tiles(self, query: Tensor, key: Tensor, value: Tensor) -> Tiles:
-        return Tiles(
+        return self.of(
             stacks.split(query, self.sizes.query, self.group_size),
             stacks.split(key, self.sizes.key),
             stacks.split(value, self.sizes.key),
-            self.kernel,
-            self.band,
         )
+
+    def of(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tiles:
+        """Stacks with what belongs to them."""
+        quick = quick_kernel(self.kernel, queries)
+        scale = self.factor * self.kernel.prescale
+        return Tiles(queries, keys, values, self.kernel, self.band, scale, quick)
 
     def gradients(
         self, found: backward.Gradients, query: Tensor, key: Tensor, value: Tensor
@@ -153,7 +159,7 @@ class _Layout:
         second derivative would be wrong.
         """
         bounded = not self.visibility.causal and self.visibility.window is None
-        if keras.backend.backend() == "jax" and bounded:
+        if not is_recording() or (keras.backend.backend() == "jax" and bounded):
             return gradient
         return _once(gradient, x)
 
