@@ -69,12 +69,12 @@ def sign(x: Tensor) -> Tensor:
     return x.sign_() if stacks.runs_eagerly() else ops.sign(x)
 
 
-def room(x: Tensor, columns: int) -> Tensor | None:
-    """Memory for `product`, one after another, with the rows of x; `None` where nothing needs it."""
+def room(x: Tensor, columns: int) -> Tensor:
+    """Memory for one `product` after another, with the rows of x; `None` where none is needed."""
     return x.new_empty((*x.shape[:-1], columns)) if stacks.runs_eagerly() else None
 
 
-def product(x: Tensor, y: Tensor, into: Tensor | None, factor: float = 1.0) -> Tensor:
+def product(x: Tensor, y: Tensor, into: Tensor, factor: float = 1.0) -> Tensor:
     """`x @ y`, for stacks of matrices; what is written over is `into`, of `room`.
 
     On PyTorch it may be multiplied by a factor, which costs nothing.

@@ -69,12 +69,62 @@ def test_products_are_added(backend, rng):
     found = in_place.add_product(total, tensor(x), y)
     assert (found is total) == (backend == "torch")
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
-    tiles = stacks.empty(2, z.shape, "float32")
+    tiles = keras.ops.zeros((2, *z.shape))
     for _ in range(2):
         tiles = in_place.add_product_to(tiles, 1, tensor(x), y)
     first, second = to_numpy(tiles)
     np.testing.assert_array_equal(first, np.zeros_like(z))
     np.testing.assert_allclose(second, 2 * (expected - z), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_is_written_where_there_is_room(backend, rng):
+    x, y, nan = (rng.normal(size=(2, 3, *s)).astype("float32") for s in ((4, 5), (5, 6), (4, 6)))
+    room = in_place.room(tensor(x), 6)
+    if backend == "torch":
+        room.copy_(tensor(nan * np.nan))
+    found = in_place.product(tensor(x), tensor(y), room)
+    assert (found is room) == (backend == "torch")
+    np.testing.assert_allclose(to_numpy(found), x @ y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.backend("torch", reason="the others have no use for it")
+def test_a_factor_of_a_product_keeps_what_cancels():
+    """Products of vectors at right angles are exactly 0, whatever the factor is."""
+    x, y = tensor(np.float32([[[[0.3, 0.7]]]])), tensor(np.float32([[[[0.7], [-0.3]]]]))
+    room = in_place.room(x, 1)
+    assert to_numpy(in_place.product(x, y, room, 1.4426950408889634)) == 0
+    found = in_place.product(x, abs(y), room, 1.4426950408889634)
+    np.testing.assert_allclose(to_numpy(found), 0.42 * 1.4426950408889634, rtol=1e-6)
+
+
+def test_what_is_not_visible_is_hidden(backend, rng):
+    x, visible = rng.normal(size=(2, 3, 4, 5)).astype("float32"), rng.random((4, 5)) < 0.5
+    x[0, 0, 0, 0] = np.nan
+    for absent in (0.0, -np.inf):
+        given = tensor(x)
+        found = in_place.hide(given, tensor(visible), absent)
+        assert (found is given) == (backend == "torch")
+        np.testing.assert_array_equal(to_numpy(found), np.where(visible, x, absent))
+
+
+def test_a_product_of_entries_is_subtracted(backend, rng):
+    x, y = (rng.normal(size=(2, 3, 4, 5)).astype("float32") for _ in range(2))
+    z = rng.normal(size=(2, 3, 4, 1)).astype("float32")
+    given = tensor(x)
+    found = in_place.subtract_product(given, tensor(y), tensor(z))
+    assert (found is given) == (backend == "torch")
+    np.testing.assert_allclose(to_numpy(found), x - y * z, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_over_a_stretch_of_tiles(rng):
+    x, y = rng.normal(size=(5, 2, 3)).astype("float32"), np.float32([[1, 2, 3], [4, 5, 6]])
+    for start, stop in ((0, 5), (1, 3), (2, 2)):
+        found = to_numpy(stacks.sum_between(tensor(x), start, stop))
+        np.testing.assert_allclose(found, x[start:stop].sum(0), rtol=1e-6, atol=1e-6)
+        expected = x.copy()
+        expected[start:stop] += y
+        found = to_numpy(stacks.add_between(tensor(x), start, stop, tensor(y)))
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("m", [0.0, 5.0, 90.0])

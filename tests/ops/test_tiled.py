@@ -242,6 +242,30 @@ def test_auto_takes_tiles_where_there_are_many_weights(monkeypatch, rng):
     assert len(taken) == 1
 
 
+def test_auto_counts_the_weights_of_all_heads_on_pytorch(backend, monkeypatch, rng):
+    taken = []
+    for name in ("dense", "tiled"):
+        implementation = lambda q, k, v, *args, name=name: taken.append(name) or v  # noqa: E731
+        monkeypatch.setitem(choice.IMPLEMENTATIONS, name, implementation)
+    for batch, length, heads in ((8, 256, 4), (4, 256, 4), (64, 128, 4), (1, 512, 8), (1, 720, 2)):
+        q = np.zeros((batch, length, heads, 1), "float32")
+        ops.attention(q, q, q, "softpick")
+    few = ["dense"] * 5
+    assert taken == (["tiled", "dense", "dense", "tiled", "dense"] if backend == "torch" else few)
+
+
+@pytest.mark.backend("torch", reason="the others take tiles of one size")
+def test_tiles_side_by_side_fit_a_cache_together(rng):
+    seen = ops.Visibility.of(5000, 3000)
+    sizes = {}
+    shapes = ((1, 4, 4), (2, 4, 4), (4, 4, 4), (8, 4, 4), (99, 9, 9), (2, 8, 2))
+    for batch, heads, kv_heads in shapes:
+        query = keras.ops.zeros((batch, 1, heads, 1))
+        sizes[batch, heads] = tuple(TileSizes.of(seen, query, kv_heads))
+    assert sizes == {(1, 4): (512, 256), (2, 4): (256, 256), (4, 4): (256, 128), (8, 4): (128, 128),
+                     (99, 9): (128, 128), (2, 8): (128, 256)}  # fmt: skip
+
+
 @pytest.mark.backend("tensorflow", "torch", reason="JAX has float64 only where it is enabled")
 @pytest.mark.parametrize("normalizer", NAMES)
 def test_float64_of_any_input(normalizer, rng):

@@ -124,7 +124,9 @@ def _are_many(query: Tensor, key: Tensor) -> bool:
         return False
     batch, length, num_heads = query.shape[:3]
     weights = batch * num_heads * length * key.shape[1]
-    return is_known(weights) and weights >= WEIGHTS_UP_TO and min(length, key.shape[1]) >= LEAST_KEYS
+    return (
+        is_known(weights) and weights >= WEIGHTS_UP_TO and min(length, key.shape[1]) >= LEAST_KEYS
+    )
 
 
 def _require_fused(

@@ -11,8 +11,8 @@ from keras_ssattn.ops import stacks
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility, end_of_window
 
-# Positions in a tile, at most, measured on two CPU cores; and what its logits may be in all. PyTorch
-# writes and reads a tile once for each operation, on a CPU best in a cache.
+# Positions in a tile, at most, measured on two CPU cores; and the logits of the tiles side by side.
+# PyTorch writes and reads them once for each operation, on a CPU best in a cache.
 QUERY_TILE, KEY_TILE, IN_CACHE = 512, 256, 2**19
 
 
@@ -108,9 +108,15 @@ class Band:
         stretches = [(start, whole, True), (whole, end, False), (end, stop, True)]
         return [x for x in stretches if not _is_empty(*x[:2])]
 
-    def num_keys(self, i: Size) -> Size:
-        """Keys in the tiles of which tile i of the queries sees anything."""
-        return sum(stop - start for start, stop, _ in self.ranges(i)) * self.sizes.key
+    def num_keys(self, i: Size) -> Tensor:
+        """Keys that each row of tile i of the queries sees, at most, `[..., rows, 1]`."""
+        position = self.rows + (i * self.sizes.query + self.offset)
+        end, start = self.visibility.key_length, 0
+        if self.causal:
+            end = ops.clip(position + 1, 0, end)
+        if self.window is not None:
+            start = ops.clip(position - self.window + 1, 0, end)
+        return end - start + ops.zeros_like(position)
 
     def _seen(self, first: Size, last: Size) -> tuple[Size, Size]:
         """The tiles of which anything is seen."""

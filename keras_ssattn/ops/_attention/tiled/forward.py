@@ -2,8 +2,9 @@
 
 The logits are computed a tile at a time, here and again in the backward pass; `kernels.py` has the
 formulas. In both, one loop over the tiles of queries has another over the tiles of keys that they
-see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows; keys `[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is
-float32 or wider. Sums are augmented assignments, which PyTorch does in place.
+see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows; keys
+`[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is float32 or wider.
+Sums are augmented assignments, which PyTorch does in place.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
 arXiv 2205.14135 (tiles, and a backward pass that computes them again); Katharopoulos et al.,
@@ -75,7 +76,8 @@ class Tiles:
     @KeptProperty
     def hurried(self) -> "Tiles":
         """The same for the quick kernel."""
-        tiles = dataclasses.replace(self, kernel=self.quick, quick=None, unit=1 / math.log(2))
+        kernel = self.quick or self.kernel
+        tiles = dataclasses.replace(self, kernel=kernel, quick=None, unit=1 / math.log(2))
         object.__setattr__(tiles, "pairs", self.pairs)
         return tiles
 
@@ -106,10 +108,10 @@ class Tiles:
         return in_place.transpose(widen(self.keys)) @ widen(self.values)
 
     @KeptProperty
-    def rooms(self) -> tuple[Tensor | None, ...]:
+    def rooms(self) -> tuple[Tensor, Tensor]:
         """Where a tile of logits is written, and one of what is multiplied with it."""
-        columns = self.keys.shape[3]
-        return tuple(in_place.room(widen(self.queries[0]), columns) for _ in range(2))
+        rows, columns = widen(self.queries[0]), self.keys.shape[3]
+        return in_place.room(rows, columns), in_place.room(rows, columns)
 
     def start(self) -> Rows:
         """The sums of a tile of queries before the first key."""
@@ -120,7 +122,12 @@ class Tiles:
 
     def holds(self, i: Size, maximum: Tensor, total: Tensor) -> bool:
         """Whether the quick kernel, if there is one, is exact enough for tile i of the queries."""
-        return self.quick is not None and self.quick.holds(maximum, total, self.band.num_keys(i))
+        if self.quick is None:
+            return False
+        size, length = self.band.sizes.query, self.band.visibility.query_length
+        per_key = (total / self.band.num_keys(i)).unflatten(2, (-1, size))
+        per_key = per_key[:, :, :, : length - i * size]  # the rest is padding
+        return self.quick.holds(maximum, total, per_key)
 
     def logits(self, q: Tensor, k: Tensor, j: Size, visible: Tensor | None = None) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
@@ -163,16 +170,19 @@ def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
 
 
 def _quick_adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
-    """`adder`, by the quick kernel as long as it is exact enough."""
-    exact, quick, hurry = adder(tiles), adder(tiles.hurried), True
+    """`adder`, by the quick kernel where it is exact enough: failing twice, it is not tried again.
+
+    Nor is it where no key is seen by all rows: the first of them see few.
+    """
+    exact, quick, tries = adder(tiles), adder(tiles.hurried), 2
 
     def add(i: Size, rows: Rows) -> Rows:
-        nonlocal hurry
-        if hurry and not all(cut for *_, cut in tiles.band.ranges(i)):
+        nonlocal tries
+        if tries and not all(cut for *_, cut in tiles.band.ranges(i)):
             found = quick(i, tiles.start())
-            hurry = tiles.holds(i, found.maximum, found.total)
-            if hurry:
+            if tiles.holds(i, found.maximum, found.total):
                 return found
+            tries -= 1
         return exact(i, rows)
 
     return add

@@ -1,0 +1,152 @@
+"""Rectified softpick by powers of two: where it is taken, and that nobody can tell."""
+
+import keras
+import numpy as np
+import pytest
+from support import oracle
+from support.helpers import gradients, relative_error, to_numpy
+
+from keras_ssattn import ops
+from keras_ssattn.ops._attention.tiled import band, quick
+from keras_ssattn.ops._attention.tiled.quick import PowersOfTwo
+
+pytestmark = pytest.mark.backend("torch", reason="the others have compilers of their own")
+CASE = {"normalizer": "rectified_softpick", "causal": True, "scale": 0.5}
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """The tiles of each pass that were computed by powers of two."""
+    monkeypatch.setattr(band, "QUERY_TILE", 16)
+    monkeypatch.setattr(band, "KEY_TILE", 8)
+    taken = {"values": 0, "gradient": 0}
+    for name in taken:
+        original = getattr(PowersOfTwo, name)
+
+        def spy(*args, name=name, original=original):
+            taken[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(PowersOfTwo, name, spy)
+    return taken
+
+
+def inputs(rng, length=70, heads=2, kv_heads=2, size=4):
+    shapes = ((2, length, n, size) for n in (heads, kv_heads, kv_heads, heads))
+    return [rng.normal(size=shape).astype("float32") for shape in shapes]
+
+
+def attend(*arrays, **case):
+    return ops.attention(*arrays, implementation="tiled", **{**CASE, **case})
+
+
+def check(arrays, cotangent, bound=3e-6, **case):
+    """Value and gradients are those of the float64 oracle, relative to their greatest."""
+    case = {**CASE, **case}
+    expected = oracle.attention(*arrays, case["normalizer"], **without_name(case))
+    assert relative_error(to_numpy(attend(*arrays, **case)), expected) < bound
+    references = oracle.attention_gradients(*arrays, cotangent, case["normalizer"],
+                                            **without_name(case))  # fmt: skip
+    found = gradients(lambda *xs: attend(*xs, **case), arrays, cotangent)
+    for actual, reference in zip(found, references, strict=True):
+        assert relative_error(actual, reference) < bound
+
+
+def without_name(case):
+    return {key: value for key, value in case.items() if key != "normalizer"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"causal": False},
+        {"window": 40},
+        {"query_offset": 9},
+        {"key_mask": np.arange(70) < np.array([[70], [61]])},
+    ],
+)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_usual_logits_take_it_and_are_right(tiles, heads, case, rng):
+    *arrays, cotangent = inputs(rng, 70, *heads)
+    check(arrays, cotangent, **case)
+    assert min(tiles.values()) >= 10
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-2, 15.0])
+def test_small_and_huge_logits_are_computed_exactly(tiles, scale, rng):
+    *arrays, cotangent = inputs(rng)
+    if scale == 15.0:  # none near to 0, where the gradient jumps
+        arrays[:2] = (np.round(x) for x in arrays[:2])
+    check(arrays, cotangent, bound=1e-5, scale=scale)
+    assert tiles["gradient"] == 0
+    assert tiles["values"] <= 2 * (4 + 6)  # the first two tiles of rows, of two passes
+
+
+def test_it_would_be_wrong_for_small_logits(tiles, monkeypatch, rng):
+    monkeypatch.setattr(quick, "LEAST", 0.0)
+    arrays = inputs(rng)[:3]
+    expected = oracle.attention(*arrays, CASE["normalizer"], causal=True, scale=1e-6)
+    assert relative_error(to_numpy(attend(*arrays, scale=1e-6)), expected) > 1e-2
+    assert tiles["values"]
+
+
+def test_one_head_of_small_logits_is_right_among_others(rng, tiles):
+    *arrays, cotangent = inputs(rng)
+    arrays[0][:, 40:, 1] *= 1e-5
+    expected = oracle.attention(*arrays, CASE["normalizer"], causal=True, scale=0.5)
+    found = to_numpy(attend(*arrays))
+    for head in range(2):
+        assert relative_error(found[:, 40:, head], expected[:, 40:, head]) < 1e-5
+    check(arrays, cotangent, bound=1e-5)
+    assert tiles["values"] > tiles["gradient"] > 0  # the first tiles, and not the last
+
+
+def test_what_is_passed_by_is_exactly_zero(rng, tiles):
+    """Values of keys with logits up to 0 do not show, however great."""
+    query, key, value, _ = (abs(x) for x in inputs(rng))
+    key[:, 20:30] *= -1
+    key[:, 30:40] = 0
+    value[:, 20:40] = 1e30
+    found = to_numpy(attend(query, key, value, causal=False))
+    value[:, 20:40] = 0
+    np.testing.assert_allclose(found, to_numpy(attend(query, key, value, causal=False)), rtol=1e-6)
+    assert tiles["values"]
+
+
+def test_at_right_angles_the_gradient_is_zero(tiles, rng):
+    """Where a logit is exactly 0 the derivative is 0 by convention, as in the other ways."""
+    query = np.tile(np.eye(4, dtype="float32") * 3, (1, 20, 1)).reshape(1, 80, 1, 4)
+    key = query * np.round(rng.uniform(1, 3, (1, 80, 1, 1))).astype("float32")
+    value, cotangent = (rng.normal(size=query.shape).astype("float32") for _ in range(2))
+    check([query, key, value], cotangent, bound=1e-5)
+    assert tiles["gradient"]
+
+
+def test_what_is_not_a_number_stays_so(rng, tiles):
+    query, key, value, _ = inputs(rng)
+    query[:, 50, 0, 0] = np.nan
+    found = to_numpy(attend(query, key, value))
+    assert np.isnan(found[:, 50, 0]).all()
+    assert np.isfinite(found[:, :50]).all()
+    assert np.isfinite(found[:, 51:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_precisions(dtype, rng, tiles):
+    arrays = [keras.ops.convert_to_tensor(x, dtype) for x in inputs(rng)[:3]]
+    exact = [to_numpy(keras.ops.cast(x, "float64")) for x in arrays]
+    expected = oracle.attention(*exact, CASE["normalizer"], causal=True, scale=0.5)
+    found = to_numpy(keras.ops.cast(attend(*arrays), "float64"))
+    bound = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float64": 1e-14}[dtype]
+    assert relative_error(found, expected) < bound
+    assert tiles["values"]
+
+
+def test_memory_of_one_pass_is_not_that_of_another(rng):
+    """Two passes at once, as threads or a model with two layers have them."""
+    *arrays, _ = inputs(rng)
+    first = attend(*arrays)
+    kept = np.array(to_numpy(first))
+    attend(*(2 * x for x in arrays))
+    np.testing.assert_array_equal(to_numpy(first), kept)
