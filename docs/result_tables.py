@@ -74,6 +74,20 @@ def train_step() -> str:
     return report.table(["", *BACKENDS.values()], rows)
 
 
+def train_language_model() -> str:
+    """Time of a training step of a language model, relative to KerasHub's and Hugging Face's."""
+    results = benchmark("train_language_model")
+    rows = []
+    for name in ("softmax", *(x for x in NORMALIZERS if x != "softmax")):
+        cells = []
+        for found in results.values():
+            row = found["models"][name]
+            ratios = [row[kind]["ratio"] for kind in ("wall", "to_transformers") if kind in row]
+            cells.append(", ".join(f"x {x:.2f}" for x in ratios))
+        rows.append([f"`{name}`", *cells])
+    return report.table(["", *BACKENDS.values()], rows)
+
+
 def import_time() -> str:
     """What `import keras_ssattn` takes after `import keras`."""
     times = [f"{1e3 * x['keras_ssattn_seconds']:.0f} ms" for x in benchmark("import_time").values()]
@@ -209,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
         generation_report.load(generation_report.RESULTS)
     ),
     "train_step": train_step,
+    "train_language_model": train_language_model,
     "import_time": import_time,
     "softpick_state": softpick_state,
     "memory_of_devices": memory_of_devices,

@@ -1,5 +1,6 @@
 """One process tests one backend, named by KERAS_BACKEND."""
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,13 @@ hypothesis.settings.register_profile(
     "suite", max_examples=EXAMPLES, deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    """What is imported stays: it need not be walked again in every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

@@ -65,8 +65,10 @@ def attention(
             raises. `"auto"` takes `"fused"` on PyTorch, if it
             needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
             `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
-            input is then one tile); else `"dense"`. In export it takes `"dense"` in place of
-            `"tiled"`; see `exporting`.
+            input is then one tile), and on PyTorch on a CPU also from `B * H * T * S` = 2^21 on,
+            if T and S are 256 or more; else `"dense"`. In export it takes `"dense"` in place of
+            `"tiled"`; see `exporting`. Rectified softpick in tiles on PyTorch on a CPU may be off
+            by 2e-6 of the greatest value.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.

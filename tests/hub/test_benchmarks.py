@@ -1,4 +1,4 @@
-"""The benchmark of generation compares models of one size that generate as many tokens."""
+"""The benchmarks of language models compare models of one size that do the same."""
 
 import argparse
 import importlib.util
@@ -16,19 +16,35 @@ pytest.importorskip("keras_hub.models", reason="KerasHub is not installed")
 if keras.backend.backend() == "torch":
     pytest.importorskip("transformers", reason="transformers is not installed")
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "generation.py"
+OTHERS = ["keras_hub", *(["transformers"] if keras.backend.backend() == "torch" else [])]
 
 
 def test_writes_a_row_for_each_model(tmp_path, backend):
     output = tmp_path / "generation.json"
-    command = [sys.executable, str(SCRIPT), "--small", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(output.read_text())
+    result = run(SCRIPT, output)
     assert result["backend"] == backend
-    others = {"keras_hub", *(["transformers"] if backend == "torch" else [])}
-    assert {row["name"] for row in result["rows"]} == others | {*COMPARED}
+    assert {row["name"] for row in result["rows"]} == {*OTHERS, *COMPARED}
     assert set(result["seconds_per_token"]) == {*COMPARED}
     assert all(row["tokens_per_second"] > 0 for row in result["rows"])
+
+
+def run(script, output):
+    """The result of a short run of a script."""
+    command = [sys.executable, str(script), "--small", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+def test_training_steps_of_all_models_learn_alike(tmp_path, backend):
+    script = SCRIPT.with_name("train_language_model.py")
+    result = run(script, tmp_path / "train_language_model.json")
+    assert result["backend"] == backend
+    assert {*result["models"]} == {*OTHERS, *COMPARED}
+    assert result["models"]["keras_hub"]["wall"]["ratio"] == 1
+    for row in result["models"].values():  # of a thousand tokens, nothing learned yet
+        assert abs(row["loss"] - np.log(1000)) < 0.3
+        assert row["processor"]["seconds"] > 0
 
 
 def test_the_reference_is_of_the_same_size_and_generates_as_much():
