@@ -4,7 +4,6 @@ Tiles are stacked along a first axis. TensorFlow and JAX read and write them by 
 PyTorch runs such loops eagerly, and writes into the stack itself.
 """
 
-import functools
 from collections.abc import Callable
 
 import keras
@@ -14,10 +13,12 @@ from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
 
 
-@functools.cache  # it is asked for every tile
+EAGERLY = keras.backend.backend() == "torch"
+
+
 def runs_eagerly() -> bool:
     """Whether loops are Python's own, with integers for indices."""
-    return keras.backend.backend() == "torch"
+    return EAGERLY
 
 
 def runs_on_cpu_eagerly(x: Tensor) -> bool:
