@@ -12,7 +12,6 @@ from keras import ops
 from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
 
-
 EAGERLY = keras.backend.backend() == "torch"
 
 
