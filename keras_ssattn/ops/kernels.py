@@ -31,6 +31,7 @@ import operator
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -42,8 +43,10 @@ from keras_ssattn.ops import in_place
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """`|x|` with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on some."""
-    return x * ops.stop_gradient(ops.sign(x))
+    """`|x|` with derivative 0 at 0 on every backend; that of `ops.abs` is 1 on JAX."""
+    if keras.backend.backend() == "jax":
+        return x * ops.stop_gradient(ops.sign(x))
+    return ops.abs(x)
 
 
 def expm1(x: Tensor) -> Tensor:

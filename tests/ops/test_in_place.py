@@ -193,3 +193,11 @@ def test_arguments_are_not_written_over(normalizer, rng):
     attend(*tensors).backward(cotangent)
     for x, expected in zip((*tensors, cotangent), (*arrays, arrays[0]), strict=True):
         np.testing.assert_array_equal(to_numpy(x), expected)
+
+
+def test_the_derivative_of_a_magnitude_is_0_at_0(rng):
+    x = np.float32([-2.0, -0.0, 0.0, 3.0])
+    cotangent = rng.normal(size=4).astype("float32")
+    [found] = gradients(kernels.magnitude, [x], cotangent)
+    np.testing.assert_array_equal(found, np.sign(x) * cotangent)
+    np.testing.assert_array_equal(to_numpy(kernels.magnitude(tensor(x))), np.abs(x))
