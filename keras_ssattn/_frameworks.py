@@ -90,6 +90,16 @@ def is_recording() -> bool:
     return keras.backend.backend() != "torch" or torch.is_grad_enabled()
 
 
+def is_transforming() -> bool:
+    """Whether PyTorch runs for something else: `torch.func`, `make_fx`, tensors without numbers."""
+    if keras.backend.backend() != "torch":
+        return False
+    functorch = getattr(torch._C, "_functorch", None)
+    levels = getattr(functorch, "peek_interpreter_stack", lambda: None)
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    return levels() is not None or modes() > 0
+
+
 def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
     """PyTorch's function of that name, with its result in `out`."""
     return getattr(torch, name)(*args, out=out)

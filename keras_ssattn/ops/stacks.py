@@ -107,6 +107,14 @@ def empty(count: Size, shape: Shape, dtype: DType) -> Tensor:
     return ops.zeros((count, *shape), dtype)
 
 
+def collect(make: Callable, count: Size, shape: Shape, dtype: DType) -> Tensor:
+    """The stack of what `make` gives for each index; PyTorch writes nothing over."""
+    if runs_eagerly():
+        return ops.stack([make(i) for i in range(count)])
+    tiles = ops.zeros((count, *shape), dtype)
+    return ops.fori_loop(0, count, lambda i, tiles: write(tiles, i, make(i)), tiles)
+
+
 def write(tiles: Tensor, index: Size, x: Tensor) -> Tensor:
     """The stack with one tile replaced."""
     if runs_eagerly():

@@ -262,7 +262,7 @@ class Visibility:
         index = steps(ops.shape(keys)[3])
         tiles = [_stack_rows(x) for x in (queries, first, end)]
 
-        def count(i: Size, counts: Tensor) -> Tensor:
+        def count(i: Size) -> Tensor:
             ids, low, high = (None if x is None else x[i] for x in tiles)  # [B|1, 1, rows, 1]
             parts = [ids == keys]
             if low is not None:
@@ -272,11 +272,10 @@ class Visibility:
             if self.key_mask is not None:
                 parts.append(ops.expand_dims(self.key_mask, (1, 2)))
             seen = functools.reduce(ops.logical_and, parts)
-            return stacks.write(counts, i, _sum(seen, keepdims=True))
+            return _sum(seen, keepdims=True)
 
         tile_count, *tile = ops.shape(tiles[0])
-        counts = stacks.empty(tile_count, tile, "int32")
-        counts = ops.fori_loop(0, tile_count, count, counts)
+        counts = stacks.collect(count, tile_count, tile, "int32")
         counts = stacks.merge(counts, length)  # [B, T, 1, 1]
         return ops.reshape(counts, (ops.shape(counts)[0], 1, length))
 

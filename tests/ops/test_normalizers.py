@@ -342,3 +342,12 @@ def test_any_input(name, case, dtype):
     cotangent = np.full(logits.shape, 0.01 if dtype == "float16" else 1.0, "float32")
     (gradient,) = gradients(function, [logits], cotangent)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-20, 2.0**-126])
+def test_a_row_of_zeros_has_gradients_of_zero_for_any_epsilon(epsilon, backend, rng):
+    if backend == "jax" and epsilon < 1e-18:
+        pytest.xfail("XLA divides by the square of a sum, which is 0 there")
+    function = functools.partial(ops.rectified_softpick, epsilon=epsilon)
+    [found] = gradients(function, [np.zeros((2, 5), "float32")], rng.normal(size=(2, 5)))
+    np.testing.assert_array_equal(found, np.zeros((2, 5)))

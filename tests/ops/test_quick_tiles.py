@@ -83,6 +83,18 @@ def test_small_and_huge_logits_are_computed_exactly(tiles, scale, rng):
     assert tiles["values"] <= 2 * (4 + 6)  # the first two tiles of rows, of two passes
 
 
+@pytest.mark.parametrize("epsilon", [1.0, 100.0, 1e6, 1e12])
+def test_a_large_epsilon_does_not_make_the_gradient_quick(tiles, epsilon, rng):
+    *arrays, cotangent = inputs(rng)
+    case = {"scale": 1e-5, "epsilon": epsilon}
+    found = gradients(lambda *xs: attend(*xs, **case), arrays, cotangent)
+    assert tiles["gradient"] == 0
+    dense = {**case, "normalizer": "rectified_softpick", "causal": True, "implementation": "dense"}
+    expected = gradients(lambda *xs: ops.attention(*xs, **dense), arrays, cotangent)
+    for actual, reference in zip(found, expected, strict=True):
+        assert relative_error(actual, reference) < 1e-5
+
+
 def test_it_would_be_wrong_for_small_logits(tiles, monkeypatch, rng):
     monkeypatch.setattr(quick, "LEAST", 0.0)
     arrays = inputs(rng)[:3]

@@ -264,6 +264,42 @@ def test_tiles_side_by_side_fit_a_cache_together(rng):
         sizes[batch, heads] = tuple(TileSizes.of(seen, query, kv_heads))
     assert sizes == {(1, 4): (512, 256), (2, 4): (256, 256), (4, 4): (256, 128), (8, 4): (128, 128),
                      (99, 9): (128, 128), (2, 8): (128, 256)}  # fmt: skip
+    few = ops.Visibility.of(5, 3000)
+    assert tuple(TileSizes.of(few, keras.ops.zeros((8, 1, 8, 1)), 8)) == (8, 256)
+
+
+@pytest.mark.backend("torch", reason="the others have transformations of their own")
+def test_auto_takes_what_can_be_transformed(rng):
+    """Where PyTorch transforms a program, as many weights are computed as there are."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v = (tensor_of(rng, (8, 256, 4, 2)) for _ in range(3))
+    attend = lambda q: ops.attention(q, k, v, "rectified_softpick", causal=True)  # noqa: E731
+    expected = torch.autograd.functional.vjp(attend, q, torch.ones_like(q))[1]
+    found = torch.func.grad(lambda q: attend(q).sum())(q)
+    assert relative_error(to_numpy(found), to_numpy(expected)) < 2e-5
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(q)
+        for implementation in ("auto", "tiled"):
+            out = ops.attention(x, x, x, "rectified_softpick", implementation=implementation)
+            assert out.shape == q.shape
+
+
+def tensor_of(rng, shape):
+    return keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
+
+
+@pytest.mark.backend("torch", reason="it is PyTorch that differentiates by the upstream gradient")
+@pytest.mark.parametrize("normalizer", NAMES)
+def test_the_gradient_has_no_derivative_by_the_upstream_gradient_either(normalizer, rng):
+    """Which `torch.autograd.functional.jvp` takes: it is refused, not zero."""
+    import torch
+
+    q, k, v = (tensor_of(rng, (1, 9, 2, 2)) for _ in range(3))
+    attend = functools.partial(ops.attention, normalizer=normalizer, implementation="tiled")
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.autograd.functional.jvp(lambda q: attend(q, k, v), q, torch.ones_like(q))
 
 
 @pytest.mark.backend("tensorflow", "torch", reason="JAX has float64 only where it is enabled")

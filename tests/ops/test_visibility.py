@@ -171,3 +171,14 @@ ERRORS = [
 def test_errors(function, arguments, error, match):
     with pytest.raises(error, match=match):
         function(5, 7, **arguments)
+
+
+@pytest.mark.backend("torch", reason="it is PyTorch's vmap")
+def test_counts_in_segments_under_vmap(rng):
+    import torch
+
+    ids = np.sort(rng.integers(0, 3, (3, 2, 12)).astype("int32"))
+    tensors = keras.ops.convert_to_tensor(ids)
+    found = torch.func.vmap(lambda x: ops.key_count(12, 12, segment_ids=x))(tensors)
+    expected = (ids[..., None] == ids[..., None, :]).sum(-1)
+    np.testing.assert_array_equal(to_numpy(found).reshape(expected.shape), expected)

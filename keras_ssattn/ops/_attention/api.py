@@ -68,7 +68,7 @@ def attention(
             input is then one tile), and on PyTorch on a CPU also from `B * H * T * S` = 2^21 on,
             if T and S are 256 or more; else `"dense"`. In export it takes `"dense"` in place of
             `"tiled"`; see `exporting`. Rectified softpick in tiles on PyTorch on a CPU may be off
-            by 2e-6 of the greatest value.
+            by 4e-6 of the greatest value, not of the output.
 
     Returns:
         `[B, T, H, Dv]` in the dtype of `value`. A query that sees no key gets zeros.

@@ -68,7 +68,7 @@ def add(
 ) -> tuple[Tensor, Sums]:
     """Adds what the keys of `tiles` give to the gradients of the queries, and to their own."""
     kernel, (keys, values) = tiles.kernel, tiles.pairs
-    parts = tiles.queries, *residuals[3:], upstream
+    parts = tiles.queries, residuals.outputs, residuals.maxima, residuals.totals, upstream
     queries, outputs, maxima, totals, upstreams = (stacks.unstack(x) for x in parts)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ def add(
             delta=in_place.row_sum(dn * outputs[i]),
         )
         dq = ops.zeros(ops.shape(q), tiles.dtype)
-        part = tiles.hurried if tiles.holds(i, tile.maximum, totals[i]) else tiles
+        part = tiles.hurried if residuals.quickly and i in residuals.quickly else tiles
         for start, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
                 dq, sums = _add_linear(tiles, tile, keys, (start, stop), dq, sums)

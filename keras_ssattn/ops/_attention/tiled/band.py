@@ -31,6 +31,7 @@ class TileSizes(NamedTuple):
         group_size, rows, columns = query.shape[2] // num_kv_heads, QUERY_TILE, KEY_TILE
         if stacks.runs_on_cpu_eagerly(query):
             count = query.shape[0] * num_kv_heads
+            rows = min(rows, group_size * _tile_size(visibility.query_length, rows))
             while rows * columns * count > IN_CACHE and max(rows, columns) > 128:
                 rows, columns = (rows // 2, columns) if rows > columns else (rows, columns // 2)
         elif stacks.runs_eagerly():

@@ -35,10 +35,13 @@ class Residuals(NamedTuple):
     outputs: Tensor
     maxima: Tensor
     totals: Tensor
+    quickly: frozenset[int]
 
     @classmethod
-    def of(cls, tiles: "Tiles", rows: "Rows") -> "Residuals":
-        return cls(tiles.queries, tiles.keys, tiles.values, rows.output, rows.maximum, rows.total)
+    def of(cls, tiles: "Tiles", rows: "Rows", quickly: frozenset[int] = frozenset()) -> "Residuals":
+        """Of the sums of all tiles of queries, of which some were computed quickly."""
+        inputs = tiles.queries, tiles.keys, tiles.values
+        return cls(*inputs, rows.output, rows.maximum, rows.total, quickly)
 
 
 class Rows(NamedTuple):
@@ -120,14 +123,12 @@ class Tiles:
         zeros = (ops.zeros(x, self.dtype) for x in (shape, out_shape))
         return Rows(ops.broadcast_to(start, shape), *zeros)
 
-    def holds(self, i: Size, maximum: Tensor, total: Tensor) -> bool:
-        """Whether the quick kernel, if there is one, is exact enough for tile i of the queries."""
-        if self.quick is None:
-            return False
+    def holds(self, i: int, total: Tensor) -> bool:
+        """Whether the quick kernel is exact enough for tile i of the queries, with these sums."""
         size, length = self.band.sizes.query, self.band.visibility.query_length
         per_key = (total / self.band.num_keys(i)).unflatten(2, (-1, size))
         per_key = per_key[:, :, :, : length - i * size]  # the rest is padding
-        return self.quick.holds(maximum, total, per_key)
+        return PowersOfTwo.holds(total, per_key)
 
     def logits(self, q: Tensor, k: Tensor, j: Size, visible: Tensor | None = None) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores."""
@@ -142,14 +143,16 @@ class Tiles:
 def run(tiles: Tiles) -> Residuals:
     """Attention over all tiles; the outputs are among the residuals."""
     count = ops.shape(tiles.queries)[0]
-    add = adder(tiles) if tiles.quick is None else _quick_adder(tiles)
+    quickly: set[int] = set()
+    add = adder(tiles) if tiles.quick is None else _quick_adder(tiles, quickly)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = finish(add(i, tiles.start()), tiles.kernel)
         return tuple(stacks.write(s, i, x) for s, x in zip(stores, rows, strict=True))
 
     stores = tuple(stacks.empty(count, x, tiles.dtype) for x in tiles.row_shapes)
-    return Residuals.of(tiles, Rows(*stacks.loop(0, count, over_queries, stores)))
+    rows = Rows(*stacks.loop(0, count, over_queries, stores))
+    return Residuals.of(tiles, rows, frozenset(quickly))
 
 
 def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
@@ -169,10 +172,11 @@ def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
     return add
 
 
-def _quick_adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
+def _quick_adder(tiles: Tiles, quickly: set[int]) -> Callable[[Size, Rows], Rows]:
     """`adder`, by the quick kernel where it is exact enough: failing twice, it is not tried again.
 
-    Nor is it where no key is seen by all rows: the first of them see few.
+    Nor is it where no key is seen by all rows: the first of them see few. `quickly` gets every i of
+    a tile that it served.
     """
     exact, quick, tries = adder(tiles), adder(tiles.hurried), 2
 
@@ -180,7 +184,8 @@ def _quick_adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
         nonlocal tries
         if tries and not all(cut for *_, cut in tiles.band.ranges(i)):
             found = quick(i, tiles.start())
-            if tiles.holds(i, found.maximum, found.total):
+            if tiles.holds(i, found.total):
+                quickly.add(i)
                 return found
             tries -= 1
         return exact(i, rows)

@@ -75,14 +75,14 @@ def _with_gradient(
 
         # Keras gives the upstream gradient by position on some backends, by name on others
         def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor | None, ...]:
-            upstream = args[0] if upstream is None else upstream
+            upstream = given = args[0] if upstream is None else upstream
             if stacks.runs_eagerly():  # what follows is never differentiated: keep nothing for it
                 upstream = ops.stop_gradient(upstream)
             again = _Layout(kernel, factor, visibility, query, key, tensors)
             tiles = again.of(residuals.queries, residuals.keys, residuals.values)
             upstream = stacks.split(upstream, again.sizes.query, again.group_size)
             run = backward.run if ring is None else ring.backward
-            return again.gradients(run(residuals, upstream, tiles), query, key, value)
+            return again.gradients(run(residuals, upstream, tiles), given, query, key, value)
 
         length = ops.shape(query)[1]
         return stacks.merge(residuals.outputs, length, layout.group_size), gradient
@@ -138,9 +138,12 @@ class _Layout:
         return Tiles(queries, keys, values, self.kernel, self.band, scale, quick)
 
     def gradients(
-        self, found: backward.Gradients, query: Tensor, key: Tensor, value: Tensor
+        self, found: backward.Gradients, given: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The gradient of each argument of the function that is differentiated."""
+        """The gradient of each argument of the function that is differentiated.
+
+        `given` is the gradient of the function's result.
+        """
         length, key_length = self.visibility.query_length, self.visibility.key_length
         merged = (
             (stacks.merge(found.query, length, self.group_size), query),
@@ -148,10 +151,10 @@ class _Layout:
             (stacks.merge(found.value, key_length), value),
             *zip(map(self._by_head, found.constants), self.sinks, strict=True),
         )
-        gradients = tuple(self._final(ops.cast(g, x.dtype), x) for g, x in merged)
+        gradients = tuple(self._final(ops.cast(g, x.dtype), x, given) for g, x in merged)
         return (*gradients, *(None for _ in range(self.count - len(self.sinks))))
 
-    def _final(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def _final(self, gradient: Tensor, x: Tensor, given: Tensor) -> Tensor:
         """The gradient of x, marked as one that cannot be differentiated again, where that is so.
 
         JAX differentiates through both passes, if their loops have bounds that are known.
@@ -161,11 +164,11 @@ class _Layout:
         bounded = not self.visibility.causal and self.visibility.window is None
         if not is_recording() or (keras.backend.backend() == "jax" and bounded):
             return gradient
-        return _once(gradient, x)
+        return _once(gradient, x, given)
 
 
 @ops.custom_gradient
-def _once(gradient: Tensor, _: Tensor) -> tuple[Tensor, Any]:
+def _once(gradient: Tensor, _: Tensor, __: Tensor) -> tuple[Tensor, Any]:
     def refuse(*args: Tensor, upstream: Tensor = None) -> Tensor:
         raise NotImplementedError(
             'implementation="tiled" of attention has no second derivative on the '
