@@ -1,10 +1,11 @@
-"""What backends have beyond Keras: compilers, and PyTorch's fused attention and graphs.
+"""What backends have beyond Keras: compilers, fused attention, and PyTorch's graphs.
 
 The one file that knows frameworks.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ssattn._typing import Number, Tensor
+from keras_ssattn._typing import DType, Number, Shape, Tensor
 
 if keras.backend.backend() == "torch":
     import torch
@@ -129,6 +130,74 @@ def fused_attention(
         query, key, value, attn_mask=bias, is_causal=causal, scale=scale
     )
     return out.transpose(1, 2)
+
+
+def cudnn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Number,
+    causal: bool,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Flash attention of cuDNN on JAX, of `[B, T, H, D]`; Keras's function has less of it.
+
+    Args:
+        query: in half precision.
+        key: `[B, S, K, D]`.
+        value: likewise.
+        scale: what multiplies the logits.
+        causal: whether a query sees no later key.
+        window: with `causal`, how many keys it sees at most.
+        lengths: int32 `[B]`, how many keys of each row there are; the others are hidden.
+    """
+    import jax
+
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
+def has_cudnn_attention(
+    shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None, has_lengths: bool
+) -> bool:
+    """Whether JAX runs on a GPU and says that cuDNN serves such a query, key and value."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    device = getattr(jax.config, "jax_default_device", None)
+    device = device or keras.distribution.list_devices()[0]
+    if str(getattr(device, "platform", device)).split(":")[0] not in ("gpu", "cuda"):
+        return False
+    return _serves(shapes, dtype, causal, window, has_lengths)
+
+
+@functools.cache
+def _serves(
+    shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None, has_lengths: bool
+) -> bool:
+    """Whether JAX traces cuDNN's attention and its gradient: it knows versions, GPUs and sizes."""
+    import jax
+
+    def total(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+        return cudnn_attention(query, key, value, 1.0, causal, window, lengths).sum()
+
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    lengths = jax.ShapeDtypeStruct(shapes[0][:1], "int32") if has_lengths else None
+    try:
+        jax.eval_shape(jax.grad(total, (0, 1, 2)), *arrays, lengths)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def write(old: Tensor, index: Tensor, new: Tensor) -> Tensor:

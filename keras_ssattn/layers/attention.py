@@ -68,7 +68,7 @@ class Heads(NamedTuple):
     def cached(self, cache: Cache, visibility: Visibility) -> tuple["Heads", Cache]:
         """The same with the keys and values of a cache, into which these are written."""
         key, value = write_cache(cache, visibility.query_offset, self.key, self.value)
-        return self._replace(key=key, value=value), Cache(key, value, visibility.key_mask)
+        return self._replace(key=key, value=value), type(cache)(key, value, visibility.key_mask)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -316,7 +316,8 @@ class MultiHeadAttention(PacksSegments, keras.layers.Layer):
                 "Please disable flash attention to access attention scores. Received: "
                 "return_attention_scores=True, flash_attention=True"
             )
-        cache = None if cache is None else Cache(*cache)
+        if not (cache is None or isinstance(cache, Cache)):
+            cache = Cache(*cache)
         key = value if key is None else key
         axes = AttentionAxes(len(query.shape), self.attention_axes)
         if use_causal_mask:

@@ -14,6 +14,7 @@ from keras_ssattn._keras.tree import settings_of
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
 from keras_ssattn.models.prompts import check_tokens, pad_left, without_padding
+from keras_ssattn.ops.cache import Cache, CarriedCache
 from keras_ssattn.ops.stacks import place, runs_eagerly
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
@@ -313,7 +314,7 @@ def _make_start(model: Layer, choice: Choice) -> Callable:
             part = slice(i, i + size)
             logits, cache = model.next_logits(tokens[:, part], cache, i, mask[:, part])
         token = choice.choose(logits, draws[0], settings, met)
-        return token, choice.meet(met, token), cache
+        return token, choice.meet(met, token), _each(CarriedCache.carry, cache)
 
     return start
 
@@ -324,11 +325,17 @@ def _make_step(model: Layer, choice: Choice) -> Callable:
     def step(
         position: Size, token: Tensor, met: Tensor, cache: Tensor, draw: Tensor, settings: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        cache = _each(CarriedCache.of, cache)
         logits, cache = model.next_logits(ops.expand_dims(token, 1), cache, position)
         token = choice.choose(logits, draw, settings, met)
-        return token, choice.meet(met, token), cache
+        return token, choice.meet(met, token), _each(CarriedCache.carry, cache)
 
     return step
+
+
+def _each(function: Callable[[Cache], Cache], cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    """What a function makes of the cache of each block, where loops are compiled."""
+    return cache if runs_eagerly() else tuple(map(function, cache))
 
 
 def _make_decoder(model: Layer, choice: Choice) -> Callable:

@@ -44,6 +44,25 @@ class Cache(NamedTuple):
     mask: Tensor
 
 
+class CarriedCache(Cache):
+    """A cache that a compiled loop carries with each head in one piece, as attention reads it.
+
+    Carried as `[B, S, K, D]`, XLA copies all of it for each token.
+    """
+
+    @classmethod
+    def of(cls, carried: Cache) -> "CarriedCache":
+        """The cache, of what the loop carries: keys and values `[B * K, S, D]`, and the mask."""
+        key, value, mask = carried
+        batch = ops.shape(mask)[0]
+        return cls(_by_position(key, batch), _by_position(value, batch), mask)
+
+    @classmethod
+    def carry(cls, cache: Cache) -> Cache:
+        """What the loop carries."""
+        return Cache(_piece(cache.key), _piece(cache.value), cache.mask)
+
+
 def make_cache(
     batch_size: int,
     length: int,
@@ -124,8 +143,38 @@ def write_cache(
     _check_part("key", cache.key, key)
     _check_part("value", cache.value, value)
     key, value = cast(key, dtype_of(cache.key)), cast(value, dtype_of(cache.value))
-    key, value = _write(index, (cache.key, key), (cache.value, value))
+    pairs = (cache.key, key), (cache.value, value)
+    if isinstance(cache, CarriedCache) and (isinstance(index, int) or len(index.shape) == 0):
+        key, value = (_write_pieces(old, index, new) for old, new in pairs)
+    else:
+        key, value = _write(index, *pairs)
     return key, value
+
+
+def by_head(x: Tensor) -> Tensor:
+    """`[B, S, K, D]` as `[B * K, S, D]`."""
+    batch, length, num_heads, size = ops.shape(x)
+    return ops.reshape(ops.swapaxes(x, 1, 2), (batch * num_heads, length, size))
+
+
+def _piece(x: Tensor) -> Tensor:
+    """`by_head`, without an axis for a single one: XLA drops it, and then copies the rest."""
+    x = by_head(x)
+    return x[0] if x.shape[0] == 1 else x
+
+
+def _by_position(x: Tensor, batch: Size) -> Tensor:
+    """The inverse of `_piece`."""
+    *count, length, size = ops.shape(x)
+    num_heads = count[0] // batch if count else 1
+    return ops.swapaxes(ops.reshape(x, (batch, num_heads, length, size)), 1, 2)
+
+
+def _write_pieces(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:
+    """`write_at` of `[B, S, K, D]`, at one index, in the order of a `CarriedCache`."""
+    batch, old, new = ops.shape(old)[0], _piece(old), _piece(new)
+    start = place(*(0 for _ in old.shape[2:]), index, 0)
+    return _by_position(ops.slice_update(old, start, new), batch)
 
 
 def write_at(old: Tensor, index: int | Tensor, new: Tensor) -> Tensor:

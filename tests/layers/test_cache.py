@@ -16,6 +16,7 @@ from keras_ssattn.layers import (
     SSMax,
     TransformerBlock,
 )
+from keras_ssattn.ops.cache import CarriedCache, write_cache
 
 NORMALIZERS = {
     "softmax": "softmax",
@@ -248,3 +249,25 @@ def test_one_row_of_padding_serves_all_rows(x):
     assert outputs[0][1][:, 0].tolist() == [False] * BATCH
     np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
     np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "num_kv_heads"), [(2, 3), (1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("index", [0, 3, np.array(2)])
+def test_a_carried_cache_is_the_same_cache(index, batch, num_kv_heads, rng):
+    shapes = [(batch, 6, num_kv_heads, 4), (batch, 6, num_kv_heads, 5)]
+    new = [rng.normal(size=(batch, 2, *shape[2:])).astype("float32") for shape in shapes]
+    cache = ops.Cache(
+        *(keras.ops.convert_to_tensor(rng.normal(size=x).astype("float32")) for x in shapes),
+        keras.ops.ones((batch, 6), "bool"),
+    )
+    expected = ops.update_cache(cache, index, *new)
+    carried = CarriedCache.carry(cache)
+    count = batch * num_kv_heads
+    assert tuple(carried.key.shape) == ((6, 4) if count == 1 else (count, 6, 4))
+    found = CarriedCache.of(carried)
+    np.testing.assert_array_equal(to_numpy(found.value), to_numpy(cache.value))
+    if not isinstance(index, int):
+        index = keras.ops.convert_to_tensor(index)
+    written = write_cache(found, index, *map(keras.ops.convert_to_tensor, new))
+    for actual, tensor in zip(written, expected, strict=False):
+        np.testing.assert_array_equal(to_numpy(actual), to_numpy(tensor))

@@ -1,6 +1,7 @@
 """Tokens that a language model generates."""
 
 import itertools
+import re
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ from support.cases import VOCABULARY, randomize, tokens
 from support.helpers import to_numpy
 from support.language import OPTIONS, PROMPTS, assert_greedy, language_model, make
 
-from keras_ssattn.models import CausalLM, generate, stream
+from keras_ssattn.models import CausalLM, generate, generation, stream
 from keras_ssattn.models.generation import sample
 
 # PyTorch has one for the prompts and one for a step.
@@ -446,3 +447,24 @@ def test_no_tensor_of_a_prompt_read_in_parts_is_of_its_length_squared():
     assert largest[None] >= length * length
     # logits of attention of one part, by head; logits of tokens would be 512 x 300
     assert largest[32] <= 2 * 32 * (length + 2)
+
+
+@pytest.mark.backend("jax", reason="XLA can be asked what it compiled")
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("normalizer", ["ssmax", "rectified_softpick"])
+def test_a_compiled_step_copies_no_cache(normalizer, batch, num_kv_heads):
+    """It writes one position of each cache in place, and that is all that has a cache's size."""
+    import jax
+
+    model = CausalLM(
+        VOCABULARY, 32, 2, num_heads=4, num_kv_heads=num_kv_heads, normalizer=normalizer
+    )
+    plan = generation._plan(model, tokens(batch, 5), 190, 0.0, *[None] * 4, 1, (), None, 0)
+    decode = jax.jit(generation._make_decoder(model, plan.choice))
+    program = decode.lower(*plan.inputs()).compile().as_text()
+    body = re.search(r"while\(.*body=(%[\w.\-]+)", program)[1]
+    body = re.search(rf"^{re.escape(body)} \(.*?^}}", program, re.MULTILINE | re.DOTALL)[0]
+    made = re.findall(r"^ +%([\w\-]+)[\w.\-]* = f32\[[\d,]*256,8\]\S* (?:copy|fusion)", body, re.M)
+    assert len(made) == 4, made
+    assert all("dynamic-update-slice" in name for name in made), made

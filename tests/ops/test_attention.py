@@ -77,29 +77,6 @@ def test_auto_is_fused_on_torch_only(backend, rng):
         ops.attention(q, k, v, "softpick", implementation="fused")
 
 
-@pytest.mark.backend("jax")
-def test_fused_on_jax_asks_a_gpu_for_flash_attention(monkeypatch, rng):
-    """And for nothing else: without it Keras would compute all weights."""
-    (q, k, _), compute, asked = inputs(rng), keras.ops.dot_product_attention, []
-
-    def stand_in(*args, flash_attention, **kwargs):
-        asked.append(flash_attention)
-        return compute(*args, **kwargs)
-
-    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0"])
-    monkeypatch.setattr(keras.ops, "dot_product_attention", stand_in)
-    out = ops.attention(q, k, k, "ssmax", causal=True, implementation="fused")
-    expected = oracle.attention(q, k, k, "ssmax", causal=True)
-    assert relative_error(to_numpy(out), expected) < 2e-6
-    ops.attention(q, k, k, "ssmax", causal=True)
-    assert asked == [True]
-    with pytest.raises(ValueError, match="JAX with a GPU, without masks beyond causality"):
-        ops.attention(q, k, k, "ssmax", window=2, implementation="fused")
-    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["tpu:0"])
-    with pytest.raises(ValueError, match="JAX with a GPU, without masks beyond causality"):
-        ops.attention(q, k, k, "ssmax", causal=True, implementation="fused")
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("normalizer", NAMES)
 def test_values_equal_oracle(normalizer, case, rng):

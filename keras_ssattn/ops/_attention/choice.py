@@ -11,17 +11,18 @@ from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor, widen
 from keras_ssattn._typing import Number, Tensor
 from keras_ssattn.ops import kernels, stacks
-from keras_ssattn.ops._attention import dense, fused
+from keras_ssattn.ops._attention import cudnn, dense, fused
 from keras_ssattn.ops._attention.tiled import gradient as tiled
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
+ON_JAX = keras.backend.backend() == "jax"
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "dense": dense.attention,
     "tiled": tiled.attention,
-    "fused": fused.attention,
-    "flash": functools.partial(fused.attention, flash=True),  # layers ask for it
-}
+    "fused": cudnn.attention if ON_JAX else fused.attention,
+    "flash": cudnn.attention if ON_JAX else functools.partial(fused.attention, flash=True),
+}  # layers ask for the last
 # T * S beyond which tiles are faster than all weights, measured on two CPU cores, and on PyTorch
 # also B * H * T * S, of weights of so many keys at least; and the most entries of a mask for the
 # fused kernel, 16 MiB in float32.
@@ -63,12 +64,19 @@ def attend(
     """
     if implementation in ("fused", "flash"):
         asked = "flash_attention=True" if implementation == "flash" else 'implementation="fused"'
-        _require_fused(asked, query, key, value, kernel, visibility)
+        if not _has_fused(query, key, value, kernel, factor, visibility, padded=False):
+            dtypes = sorted({dtype_of(x) for x in (query, key, value)})
+            raise ValueError(
+                f"{asked} serves softmax, ssmax and sink_softmax up to float32 on torch; and, "
+                "without a sink, in half precision, on JAX with a GPU, what cuDNN serves, without "
+                "masks but causality and windows of it. Received: "
+                f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}"
+            )
     factor = _factor_like(query, factor, visibility)
     if any(is_known(size) and size == 0 for x in (query, key) for size in x.shape[:2]):
         implementation = "dense"  # nothing to compute, and PyTorch has no maximum of nothing
     if implementation == "auto":
-        implementation = _fastest(query, key, value, kernel, visibility)
+        implementation = _fastest(query, key, value, kernel, factor, visibility)
     return IMPLEMENTATIONS[implementation](query, key, value, kernel, factor, visibility)
 
 
@@ -98,17 +106,18 @@ def _factor_like(query: Tensor, factor: Number | Tensor, visibility: Visibility)
 
 
 def _fastest(
-    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
 ) -> str:
     """The implementation that `"auto"` takes; see `attention`."""
     size = ops.shape(query)[1] * ops.shape(key)[1]
     fits = not visibility.needs_mask or (is_known(size) and size <= MASKED_UP_TO)
-    dtypes = [dtype_of(x) for x in (query, key, value)]
-    if (
-        fits
-        and keras.backend.backend() == "torch"
-        and fused.is_available(kernel, dtypes, visibility)
-    ):
+    may_fuse = not is_exporting() if ON_JAX else fits
+    if may_fuse and _has_fused(query, key, value, kernel, factor, visibility, padded=True):
         return "fused"
     if is_exporting():  # formats that other runtimes read have no loops over tiles
         return "dense"
@@ -129,13 +138,18 @@ def _are_many(query: Tensor, key: Tensor) -> bool:
     )
 
 
-def _require_fused(
-    asked: str, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
-) -> None:
-    dtypes = sorted({dtype_of(x) for x in (query, key, value)})
-    if not fused.is_available(kernel, dtypes, visibility):
-        raise ValueError(
-            f"{asked} serves softmax, ssmax and sink_softmax up to float32: on "
-            "torch; and, without a sink, on JAX with a GPU, without masks beyond causality. "
-            f"Received: {kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}"
-        )
+def _has_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Kernel,
+    factor: Number | Tensor,
+    visibility: Visibility,
+    padded: bool,
+) -> bool:
+    """Whether the backend has a fused kernel of this attention; on JAX of some padding, if so."""
+    if keras.backend.backend() == "torch":
+        return fused.is_available(kernel, [dtype_of(x) for x in (query, key, value)])
+    if visibility.key_mask is not None and not padded:
+        return False
+    return ON_JAX and cudnn.is_available(query, key, value, kernel, factor, visibility)

@@ -5,7 +5,8 @@ from keras import ops
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import dtype_of, matmul
 from keras_ssattn._typing import Number, Tensor
-from keras_ssattn.ops import kernels
+from keras_ssattn.ops import kernels, stacks
+from keras_ssattn.ops.cache import by_head
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
@@ -32,8 +33,11 @@ def weights(
     dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
     query, key = ops.cast(query, dtype), ops.cast(key, dtype)
     query = ops.transpose(query * factor, (0, 2, 1, 3))  # [B, H, T, D]
-    key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
-    logits = _matmul_by_group(query, key)  # [B, H, T, S]
+    if _is_one_row(query):
+        logits = _logits_of_row(query, key)
+    else:
+        key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
+        logits = _matmul_by_group(query, key)  # [B, H, T, S]
     by_row = tuple(ops.reshape(x, (-1, 1, 1)) for x in kernel.tensors)  # [H, 1, 1]
     return kernels.normalize(kernel.with_tensors(by_row), logits, (-1,), visibility.dense_mask)
 
@@ -49,10 +53,39 @@ def combine(weights: Tensor, value: Tensor) -> Tensor:
     >>> ops.combine(weights, value).shape
     (2, 5, 4, 16)
     """
-    dtype = dtype_of(value)
-    value = ops.transpose(ops.cast(value, dtype_of(weights)), (0, 2, 1, 3))  # [B, K, S, Dv]
+    dtype, value = dtype_of(value), ops.cast(value, dtype_of(weights))
+    if _is_one_row(weights):
+        return ops.cast(_combine_row(weights, value), dtype)
+    value = ops.transpose(value, (0, 2, 1, 3))  # [B, K, S, Dv]
     out = _matmul_by_group(weights, value)  # [B, H, T, Dv]
     return ops.cast(ops.transpose(out, (0, 2, 1, 3)), dtype)
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """Whether there is one query for a compiler, of `[B, H, T, M]`: as in a step of decoding.
+
+    Then the products are of stacks of matrices as they lie in a `CarriedCache`, in an order of
+    factors in which XLA turns none of them over.
+    """
+    return x.shape[2] == 1 and not (stacks.runs_eagerly() or is_exporting())
+
+
+def _logits_of_row(query: Tensor, key: Tensor) -> Tensor:
+    """`[B, H, 1, D]` times `[B, S, K, D]`, `[B, H, 1, S]`."""
+    batch, num_heads, _, size = ops.shape(query)
+    length, num_kv_heads = ops.shape(key)[1], key.shape[2]
+    rows = (batch * num_kv_heads, num_heads // num_kv_heads, size)
+    logits = matmul(by_head(key), ops.swapaxes(ops.reshape(query, rows), 1, 2))  # [B * K, S, G]
+    return ops.reshape(ops.swapaxes(logits, 1, 2), (batch, num_heads, 1, length))
+
+
+def _combine_row(weights: Tensor, value: Tensor) -> Tensor:
+    """`[B, H, 1, S]` times `[B, S, K, Dv]`, `[B, 1, H, Dv]`."""
+    batch, num_heads, _, length = ops.shape(weights)
+    num_kv_heads, size = value.shape[2:]
+    rows = (batch * num_kv_heads, num_heads // num_kv_heads, length)
+    out = matmul(ops.reshape(weights, rows), by_head(value))  # [B * K, G, Dv]
+    return ops.reshape(out, (batch, 1, num_heads, size))
 
 
 def _matmul_by_group(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""Softmax attention by Keras's own function, where that runs a fused kernel."""
+"""Softmax attention by a fused kernel of PyTorch's."""
 
-import keras
 from keras import ops
 
 from keras_ssattn._frameworks import fused_attention
@@ -11,23 +10,9 @@ from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.visibility import Visibility, as_bias
 
 
-def is_available(kernel: Kernel, dtypes: list[DType], visibility: Visibility) -> bool:
+def is_available(kernel: Kernel, dtypes: list[DType]) -> bool:
     """Whether a fused kernel serves these arguments, exactly."""
-    if not isinstance(kernel, Softmax) or "float64" in dtypes:
-        return False
-    if keras.backend.backend() == "torch":
-        return True
-    return flash_only() and not visibility.needs_mask and not isinstance(kernel, SinkSoftmax)
-
-
-def flash_only() -> bool:
-    """Whether to ask for flash attention: on JAX with a GPU, where else all weights are computed.
-
-    Not on a TPU: there Keras makes a `T x S` mask, and takes that of one row for the whole batch.
-    """
-    if keras.backend.backend() != "jax":
-        return False
-    return keras.distribution.list_devices()[0].split(":")[0] in ("gpu", "cuda", "rocm")
+    return isinstance(kernel, Softmax) and "float64" not in dtypes
 
 
 def attention(
@@ -37,14 +22,12 @@ def attention(
     kernel: Kernel,
     factor: Number | Tensor,
     visibility: Visibility,
-    flash: bool | None = None,
+    flash: bool = False,
 ) -> Tensor:
-    """Softmax attention by a fused kernel of the backend.
+    """Softmax attention by the kernel that PyTorch chooses; with `flash`, by flash attention.
 
-    With `flash` that kernel must be flash attention, or Keras raises.
+    Where that cannot be had, Keras raises.
     """
-    if flash is None:
-        flash = flash_only()
     dtype = dtype_of(value)
     is_number = isinstance(factor, (int, float))
     has_sink = isinstance(kernel, SinkSoftmax)
@@ -98,10 +81,10 @@ def _fused(
     causal: bool,
     flash: bool,
 ) -> Tensor:
-    if keras.backend.backend() == "torch" and not flash:
+    if not flash:
         return fused_attention(query, key, value, bias, scale, causal)
     return ops.dot_product_attention(
-        query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=flash
+        query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=True
     )
 
 
