@@ -139,7 +139,6 @@ def cudnn_attention(
     scale: Number,
     causal: bool,
     window: int | None = None,
-    lengths: Tensor | None = None,
 ) -> Tensor:
     """Flash attention of cuDNN on JAX, of `[B, T, H, D]`; Keras's function has less of it.
 
@@ -150,7 +149,6 @@ def cudnn_attention(
         scale: what multiplies the logits.
         causal: whether a query sees no later key.
         window: with `causal`, how many keys it sees at most.
-        lengths: int32 `[B]`, how many keys of each row there are; the others are hidden.
     """
     import jax
 
@@ -161,13 +159,12 @@ def cudnn_attention(
         scale=scale,
         is_causal=causal,
         local_window_size=None if window is None else (window - 1, 0),
-        key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
 
 
 def has_cudnn_attention(
-    shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None, has_lengths: bool
+    shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None
 ) -> bool:
     """Whether JAX runs on a GPU and says that cuDNN serves such a query, key and value."""
     if keras.backend.backend() != "jax":
@@ -178,24 +175,21 @@ def has_cudnn_attention(
     device = device or keras.distribution.list_devices()[0]
     if str(getattr(device, "platform", device)).split(":")[0] not in ("gpu", "cuda"):
         return False
-    return _serves(shapes, dtype, causal, window, has_lengths)
+    return _serves(shapes, dtype, causal, window)
 
 
 @functools.cache
-def _serves(
-    shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None, has_lengths: bool
-) -> bool:
+def _serves(shapes: tuple[Shape, ...], dtype: DType, causal: bool, window: int | None) -> bool:
     """Whether JAX traces cuDNN's attention and its gradient: it knows versions, GPUs and sizes."""
     import jax
 
-    def total(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
-        return cudnn_attention(query, key, value, 1.0, causal, window, lengths).sum()
+    def total(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cudnn_attention(query, key, value, 1.0, causal, window).sum()
 
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    lengths = jax.ShapeDtypeStruct(shapes[0][:1], "int32") if has_lengths else None
     try:
-        jax.eval_shape(jax.grad(total, (0, 1, 2)), *arrays, lengths)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        jax.eval_shape(jax.grad(total, (0, 1, 2)), *arrays)
+    except (NotImplementedError, RuntimeError, ValueError):
         return False
     return True
 

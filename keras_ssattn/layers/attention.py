@@ -53,7 +53,7 @@ from keras_ssattn.ops import (
     factor_of_query,
     make_cache,
 )
-from keras_ssattn.ops.cache import write_cache
+from keras_ssattn.ops.cache import CarriedCache, write_cache
 from keras_ssattn.ops.rotary import Rotation
 
 
@@ -68,7 +68,8 @@ class Heads(NamedTuple):
     def cached(self, cache: Cache, visibility: Visibility) -> tuple["Heads", Cache]:
         """The same with the keys and values of a cache, into which these are written."""
         key, value = write_cache(cache, visibility.query_offset, self.key, self.value)
-        return self._replace(key=key, value=value), type(cache)(key, value, visibility.key_mask)
+        kind = CarriedCache if isinstance(cache, CarriedCache) else Cache
+        return self._replace(key=key, value=value), kind(key, value, visibility.key_mask)
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -14,7 +14,7 @@ from keras_ssattn._keras.tree import settings_of
 from keras_ssattn._tensors import cast, dtype_of, to_tensor
 from keras_ssattn._typing import ArrayLike, Config, Layer, Size, Tensor
 from keras_ssattn.models.prompts import check_tokens, pad_left, without_padding
-from keras_ssattn.ops.cache import Cache, CarriedCache
+from keras_ssattn.ops.cache import Cache, Carried, CarriedCache, may_be_carried
 from keras_ssattn.ops.stacks import place, runs_eagerly
 
 LOWEST_TEMPERATURE = 1e-30  # above 0 in float32
@@ -314,7 +314,7 @@ def _make_start(model: Layer, choice: Choice) -> Callable:
             part = slice(i, i + size)
             logits, cache = model.next_logits(tokens[:, part], cache, i, mask[:, part])
         token = choice.choose(logits, draws[0], settings, met)
-        return token, choice.meet(met, token), _each(CarriedCache.carry, cache)
+        return token, choice.meet(met, token), _carried(cache)
 
     return start
 
@@ -325,17 +325,28 @@ def _make_step(model: Layer, choice: Choice) -> Callable:
     def step(
         position: Size, token: Tensor, met: Tensor, cache: Tensor, draw: Tensor, settings: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cache = _each(CarriedCache.of, cache)
-        logits, cache = model.next_logits(ops.expand_dims(token, 1), cache, position)
+        logits, cache = model.next_logits(ops.expand_dims(token, 1), _caches(cache), position)
         token = choice.choose(logits, draw, settings, met)
-        return token, choice.meet(met, token), _each(CarriedCache.carry, cache)
+        return token, choice.meet(met, token), _carried(cache)
 
     return step
 
 
-def _each(function: Callable[[Cache], Cache], cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
-    """What a function makes of the cache of each block, where loops are compiled."""
-    return cache if runs_eagerly() else tuple(map(function, cache))
+def _carried(cache: Any) -> Any:
+    """What a compiled loop carries of a model's caches; of one's own making they stay as they are.
+
+    They are a tuple of one `Cache` for each block, unless a model has a `next_logits` of its own.
+    """
+    if type(cache) is not tuple or not may_be_carried():
+        return cache
+    return tuple(Carried.of(x) if type(x) in (Cache, CarriedCache) else x for x in cache)
+
+
+def _caches(carried: Any) -> Any:
+    """The inverse of `_carried`."""
+    if type(carried) is not tuple:
+        return carried
+    return tuple(x.cache() if type(x) is Carried else x for x in carried)
 
 
 def _make_decoder(model: Layer, choice: Choice) -> Callable:

@@ -44,23 +44,39 @@ class Cache(NamedTuple):
     mask: Tensor
 
 
-class CarriedCache(Cache):
-    """A cache that a compiled loop carries with each head in one piece, as attention reads it.
+class Carried(NamedTuple):
+    """What a compiled loop carries of a `Cache`: each head in one piece, as attention reads it.
 
     Carried as `[B, S, K, D]`, XLA copies all of it for each token.
+
+    Attributes:
+        key: `[B * K, S, D]`, or of a single head `[S, D]`.
+        value: the same, of `Dv`.
+        mask: boolean `[B, S]`.
     """
 
-    @classmethod
-    def of(cls, carried: Cache) -> "CarriedCache":
-        """The cache, of what the loop carries: keys and values `[B * K, S, D]`, and the mask."""
-        key, value, mask = carried
-        batch = ops.shape(mask)[0]
-        return cls(_by_position(key, batch), _by_position(value, batch), mask)
+    key: Tensor
+    value: Tensor
+    mask: Tensor
 
     @classmethod
-    def carry(cls, cache: Cache) -> Cache:
-        """What the loop carries."""
-        return Cache(_piece(cache.key), _piece(cache.value), cache.mask)
+    def of(cls, cache: Cache) -> "Carried":
+        return cls(_piece(cache.key), _piece(cache.value), cache.mask)
+
+    def cache(self) -> "CarriedCache":
+        """The cache again, which is written in the order of the pieces."""
+        batch = ops.shape(self.mask)[0]
+        key, value = (_by_position(x, batch) for x in (self.key, self.value))
+        return CarriedCache(key, value, self.mask)
+
+
+class CarriedCache(Cache):
+    """A `Cache` of what was `Carried`."""
+
+
+def may_be_carried() -> bool:
+    """Whether loops are compiled, and no axis of heads is split over devices: that stays one."""
+    return not runs_eagerly() and keras.distribution.distribution() is None
 
 
 def make_cache(

@@ -449,6 +449,38 @@ def test_no_tensor_of_a_prompt_read_in_parts_is_of_its_length_squared():
     assert largest[32] <= 2 * 32 * (length + 2)
 
 
+class OfItsOwn(CausalLM):
+    """With caches of its own making."""
+
+    kind = "tuples"
+
+    def make_cache(self, batch_size, length):
+        cache = super().make_cache(batch_size, length)
+        wraps = {
+            "tuples": lambda x: tuple(map(tuple, x)),
+            "more": lambda x: (*x, keras.ops.ones(3)),
+        }
+        return {"dict": lambda x: {"blocks": x}, **wraps}[self.kind](cache)
+
+    def next_logits(self, given, cache, cache_index=0, mask=None):
+        blocks = cache["blocks"] if self.kind == "dict" else cache[: len(self.blocks)]
+        logits, new = super().next_logits(given, blocks, cache_index, mask)
+        if self.kind == "dict":
+            return logits, {"blocks": new}
+        return logits, tuple(map(tuple, new)) if self.kind == "tuples" else (*new, *cache[-1:])
+
+
+@pytest.mark.parametrize("kind", ["tuples", "more", "dict"])
+def test_caches_of_a_model_of_ones_own(kind):
+    options = {"vocabulary_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    model, reference = OfItsOwn(**options), CausalLM(**options)
+    model.kind = kind
+    reference.set_weights(model.get_weights())
+    expected = reference.generate(PROMPTS, 5)
+    np.testing.assert_array_equal(model.generate(PROMPTS, 5), expected)
+    np.testing.assert_array_equal(np.stack([*stream(model, PROMPTS, 5)], axis=1), expected)
+
+
 def compiled(function, inputs):
     """What XLA makes of a function, as text."""
     if keras.backend.backend() == "jax":

@@ -12,25 +12,19 @@ from support import oracle
 from support.helpers import relative_error, to_numpy
 
 from keras_ssattn import _frameworks, layers, ops
-from keras_ssattn._keras.exporting import exporting
 
 pytestmark = pytest.mark.backend("jax")
-END = np.arange(8) < np.array([[5], [8]])
-BETWEEN = np.arange(8) % 3 > np.array([[0], [-1]])
 SERVED = {
     "all": {},
     "causal": {"causal": True},
     "window": {"causal": True, "window": 3},
     "a window beyond int32": {"window": 2**40},
-    "padding": {"key_mask": END},
-    "causal padding": {"causal": True, "key_mask": END},
-    "padding in front": {"causal": True, "key_mask": END[:, ::-1]},
-    "padding between": {"key_mask": BETWEEN},
-    "nothing but padding": {"key_mask": np.arange(8) < np.array([[0], [3]])},
 }
+PADDING = np.arange(8) < np.array([[5], [8]])
 OTHERS = {
     "a window on both sides": {"window": 3},
-    "a window of padded keys": {"causal": True, "window": 3, "key_mask": END},
+    "padding": {"causal": True, "key_mask": PADDING},
+    "padding of one row": {"key_mask": PADDING[:1]},
     "an offset": {"causal": True, "query_offset": 1},
     "an offset per row": {"causal": True, "query_offset": np.array([0, 0])},
     "a mask": {"mask": np.ones((8, 8), bool)},
@@ -84,27 +78,31 @@ def error_of(arrays, normalizer, **options):
         arrays[2].dtype
     )
     options.pop("implementation", None)
+    if "key_mask" in options:
+        options["key_mask"] = np.broadcast_to(options["key_mask"], (2, 8))
     expected = oracle.attention(*[to_numpy(x) for x in arrays], normalizer, **options)
     return relative_error(to_numpy(out), expected)
 
 
 @pytest.mark.parametrize("case", SERVED.values(), ids=SERVED)
 @pytest.mark.parametrize("normalizer", ["softmax", "ssmax"])
-def test_auto_asks_cudnn_and_equals_oracle(normalizer, case, asked, rng):
-    assert error_of(halves(rng), normalizer, **case) < 3 * 2**-8
-    window = case.get("window")
+def test_fused_asks_cudnn_and_equals_oracle(normalizer, case, asked, rng):
+    assert error_of(halves(rng), normalizer, implementation="fused", **case) < 3 * 2**-8
     (options,) = asked
     assert options["is_causal"] is case.get("causal", False)
-    assert options["local_window_size"] == ((2, 0) if window == 3 else None)
-    assert (options["key_value_seq_lengths"] is not None) == ("key_mask" in case)
+    assert options["local_window_size"] == ((2, 0) if case.get("window") == 3 else None)
     assert (options["scale"] == 0.25) == (normalizer == "softmax")
 
 
-@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
-def test_auto_computes_what_cudnn_has_not(case, asked, rng):
+@pytest.mark.parametrize("case", [*OTHERS.values(), {"causal": True}], ids=[*OTHERS, "causal"])
+def test_auto_asks_for_nothing(case, asked, rng):
     assert error_of(halves(rng), "softmax", **case) < 2**-8
     assert asked == []
-    with pytest.raises(ValueError, match="without masks but causality and windows of it"):
+
+
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
+def test_what_cudnn_does_not_hide_is_refused(case, gpu, rng):
+    with pytest.raises(ValueError, match=r"without masks but causality.*masks \["):
         ops.attention(*halves(rng), "softmax", implementation="fused", **case)
 
 
@@ -118,45 +116,47 @@ def test_auto_computes_what_cudnn_has_not(case, asked, rng):
         ("ssmax", {"dtype": "float16"}),  # the query times log n may pass 65504
         ("softmax", {"size": 12}),  # not a multiple of 8
         ("softmax", {"size": 512}),
+        ("softmax", {"key_length": 6}),  # which cuDNN may align at the end
     ],
 )
-def test_auto_computes_what_cudnn_cannot(normalizer, options, asked, rng):
-    assert error_of(halves(rng, **options), normalizer, causal=True) < 2**-8
-    assert asked == []
+def test_what_cudnn_cannot_is_refused(normalizer, options, gpu, rng):
+    arrays = halves(rng, **options)
+    with pytest.raises(ValueError, match="fused.*On JAX with a GPU.*Received: .* on jax"):
+        ops.attention(*arrays, normalizer, causal=True, implementation="fused")
 
 
-def test_auto_computes_causal_attention_of_two_lengths(asked, rng):
-    """Which cuDNN may align at the end."""
-    arrays = halves(rng, key_length=6)
-    assert error_of(arrays, "softmax", causal=True) < 2**-8
-    assert asked == []
-    assert error_of(arrays, "softmax") < 2**-6
+def test_queries_and_keys_of_two_lengths(asked, rng):
+    assert error_of(halves(rng, key_length=6), "softmax", implementation="fused") < 2**-6
     assert len(asked) == 1
 
 
-def test_float16_and_a_negative_scale(asked, rng):
+def test_scales_in_half_precision(asked, rng):
     arrays = halves(rng, "float16", 4, 1)
-    assert error_of(arrays, "softmax", causal=True) < 3 * 2**-11
-    assert error_of(arrays, "softmax", causal=True, scale=-0.5) < 3 * 2**-11
+    assert error_of(arrays, "softmax", causal=True, implementation="fused") < 3 * 2**-11
+    with pytest.raises(ValueError, match="float16"):  # where cuDNN's scale cannot be negative
+        ops.attention(*arrays, "softmax", scale=-3e4, implementation="fused")
+    options = {"scale": -0.5, "implementation": "fused"}
+    assert error_of(halves(rng), "softmax", causal=True, **options) < 3 * 2**-8
     assert [x["scale"] for x in asked] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize("device", ["cpu:0", "tpu:0", "gpu:0"])
-def test_without_cudnn_nothing_is_asked(device, monkeypatch, rng):
+def test_without_cudnn_it_is_refused(device, monkeypatch, rng):
     _frameworks._serves.cache_clear()
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: [device])
-    assert error_of(halves(rng), "softmax", causal=True) < 2**-8
     with pytest.raises(ValueError, match=r"fused.*JAX with a GPU.*bfloat16"):
         ops.attention(*halves(rng), implementation="fused")
     _frameworks._serves.cache_clear()
 
 
-def test_a_gpu_that_is_not_used_is_not_asked(asked, rng):
+def test_a_gpu_that_is_not_used_is_not_asked(gpu, rng):
     import jax
 
-    with jax.default_device(jax.devices("cpu")[0]):
-        assert error_of(halves(rng), "softmax", causal=True) < 2**-8
-    assert asked == []
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(ValueError, match="JAX with a GPU"),
+    ):
+        ops.attention(*halves(rng), implementation="fused")
 
 
 def test_layers_ask_for_it(asked, rng):
@@ -170,24 +170,18 @@ def test_layers_ask_for_it(asked, rng):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("case", ["all", "causal", "window", "causal padding"])
+@pytest.mark.parametrize("case", ["all", "causal", "window"])
 def test_it_lowers_for_a_gpu(case, gradient, gpu, rng):
     """JAX's own checks, and the call that the compiler would be given."""
     import jax
 
-    attend = functools.partial(ops.attention, normalizer="ssmax", **SERVED[case])
+    attend = functools.partial(
+        ops.attention, normalizer="ssmax", implementation="fused", **SERVED[case]
+    )
     function = attend
     if gradient:
         total = lambda *args: attend(*args).astype("float32").sum()  # noqa: E731
         function = jax.grad(total, (0, 1, 2))
-    arrays = [keras.ops.cast(x, "bfloat16") for x in halves(rng)]
-    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(function).trace(*halves(rng)).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert ("__cudnn$fmhaSoftmaxBackward" in text) == gradient
-    assert ("stablehlo.case" in text) == ("padding" in case)
-
-
-def test_exports_hold_no_call_of_it(asked, rng):
-    with exporting():
-        assert error_of(halves(rng), "softmax", causal=True) < 2**-8
-    assert asked == []

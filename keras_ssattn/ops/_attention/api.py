@@ -59,12 +59,11 @@ def attention(
             `"tiled"` computes them a tile at a time, in memory linear in T and S, and again in
             the backward pass; it skips tiles that `causal` and `window` hide. It has a second
             derivative on JAX only, without these two. `"fused"` is a kernel for softmax, ssmax and
-            sink_softmax: PyTorch's own; and for the first two on JAX with a GPU in half precision
-            what cuDNN serves, causal or in a window of that, without other masks; elsewhere, and
-            in float64, it raises. It has no second derivative. `"auto"` takes `"fused"` on PyTorch,
-            if it needs no mask beyond causality, or one of at most 2^22 entries; on JAX, where
-            cuDNN serves, with padding as well (of rows padded at the end it takes the lengths; of
-            any others the same call computes tiles); else `"tiled"` where
+            sink_softmax: PyTorch's own; and on JAX with a GPU what cuDNN serves in half precision,
+            softmax and (in bfloat16, in which it rounds the scaled query) ssmax, causal or in a
+            window of that, without other masks. Elsewhere, and in float64, it raises. It has no
+            second derivative. `"auto"` takes `"fused"` on PyTorch, if it
+            needs no mask beyond causality, or one of at most 2^22 entries; else `"tiled"` where
             `T * S` passes 2^19 (724 x 724), or is unknown until a TensorFlow graph runs (a short
             input is then one tile), and on PyTorch on a CPU also from `B * H * T * S` = 2^21 on,
             if T and S are 256 or more; else `"dense"`. In export it takes `"dense"` in place of

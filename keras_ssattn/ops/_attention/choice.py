@@ -64,19 +64,22 @@ def attend(
     """
     if implementation in ("fused", "flash"):
         asked = "flash_attention=True" if implementation == "flash" else 'implementation="fused"'
-        if not _has_fused(query, key, value, kernel, factor, visibility, padded=False):
+        if not _has_fused(query, key, value, kernel, factor, visibility):
             dtypes = sorted({dtype_of(x) for x in (query, key, value)})
+            hidden = ("mask", "key_mask", "segments", "window")
+            masks = [x for x in hidden if getattr(visibility, x) is not None]
             raise ValueError(
-                f"{asked} serves softmax, ssmax and sink_softmax up to float32 on torch; and, "
-                "without a sink, in half precision, on JAX with a GPU, what cuDNN serves, without "
-                "masks but causality and windows of it. Received: "
-                f"{kernels.name_of(kernel)}, {dtypes}, on {keras.backend.backend()}"
+                f"{asked} serves softmax, ssmax and sink_softmax up to float32 on torch. On JAX "
+                "with a GPU it serves what cuDNN does: softmax, and in bfloat16 ssmax, in half "
+                "precision, without masks but causality and windows of it. Received: "
+                f"{kernels.name_of(kernel)}, {dtypes}, masks {masks}, head sizes "
+                f"{query.shape[-1]} and {value.shape[-1]}, on {keras.backend.backend()}"
             )
     factor = _factor_like(query, factor, visibility)
     if any(is_known(size) and size == 0 for x in (query, key) for size in x.shape[:2]):
         implementation = "dense"  # nothing to compute, and PyTorch has no maximum of nothing
     if implementation == "auto":
-        implementation = _fastest(query, key, value, kernel, factor, visibility)
+        implementation = _fastest(query, key, value, kernel, visibility)
     return IMPLEMENTATIONS[implementation](query, key, value, kernel, factor, visibility)
 
 
@@ -106,18 +109,14 @@ def _factor_like(query: Tensor, factor: Number | Tensor, visibility: Visibility)
 
 
 def _fastest(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel: Kernel,
-    factor: Number | Tensor,
-    visibility: Visibility,
+    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, visibility: Visibility
 ) -> str:
     """The implementation that `"auto"` takes; see `attention`."""
     size = ops.shape(query)[1] * ops.shape(key)[1]
     fits = not visibility.needs_mask or (is_known(size) and size <= MASKED_UP_TO)
-    may_fuse = not is_exporting() if ON_JAX else fits
-    if may_fuse and _has_fused(query, key, value, kernel, factor, visibility, padded=True):
+    dtypes = [dtype_of(x) for x in (query, key, value)]
+    # cuDNN's on JAX only where it is asked for: it has no `vmap` and no second derivative
+    if fits and keras.backend.backend() == "torch" and fused.is_available(kernel, dtypes):
         return "fused"
     if is_exporting():  # formats that other runtimes read have no loops over tiles
         return "dense"
@@ -145,11 +144,8 @@ def _has_fused(
     kernel: Kernel,
     factor: Number | Tensor,
     visibility: Visibility,
-    padded: bool,
 ) -> bool:
-    """Whether the backend has a fused kernel of this attention; on JAX of some padding, if so."""
+    """Whether the backend has a fused kernel of this attention."""
     if keras.backend.backend() == "torch":
         return fused.is_available(kernel, [dtype_of(x) for x in (query, key, value)])
-    if visibility.key_mask is not None and not padded:
-        return False
     return ON_JAX and cudnn.is_available(query, key, value, kernel, factor, visibility)

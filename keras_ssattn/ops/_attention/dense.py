@@ -3,10 +3,10 @@
 from keras import ops
 
 from keras_ssattn._keras.exporting import is_exporting
-from keras_ssattn._tensors import dtype_of, matmul
+from keras_ssattn._tensors import dtype_of, is_known, matmul
 from keras_ssattn._typing import Number, Tensor
-from keras_ssattn.ops import kernels, stacks
-from keras_ssattn.ops.cache import by_head
+from keras_ssattn.ops import kernels
+from keras_ssattn.ops.cache import by_head, may_be_carried
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
@@ -33,7 +33,7 @@ def weights(
     dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
     query, key = ops.cast(query, dtype), ops.cast(key, dtype)
     query = ops.transpose(query * factor, (0, 2, 1, 3))  # [B, H, T, D]
-    if _is_one_row(query):
+    if _is_one_row(query, key):
         logits = _logits_of_row(query, key)
     else:
         key = ops.transpose(key, (0, 2, 3, 1))  # [B, K, D, S]
@@ -54,20 +54,23 @@ def combine(weights: Tensor, value: Tensor) -> Tensor:
     (2, 5, 4, 16)
     """
     dtype, value = dtype_of(value), ops.cast(value, dtype_of(weights))
-    if _is_one_row(weights):
+    if _is_one_row(weights, value):
         return ops.cast(_combine_row(weights, value), dtype)
     value = ops.transpose(value, (0, 2, 1, 3))  # [B, K, S, Dv]
     out = _matmul_by_group(weights, value)  # [B, H, T, Dv]
     return ops.cast(ops.transpose(out, (0, 2, 1, 3)), dtype)
 
 
-def _is_one_row(x: Tensor) -> bool:
+def _is_one_row(x: Tensor, y: Tensor) -> bool:
     """Whether there is one query for a compiler, of `[B, H, T, M]`: as in a step of decoding.
 
-    Then the products are of stacks of matrices as they lie in a `CarriedCache`, in an order of
-    factors in which XLA turns none of them over.
+    Then the products, with `[B, S, K, N]`, are of stacks of matrices as they lie in a
+    `CarriedCache`, in an order of factors in which XLA turns none of them over.
     """
-    return x.shape[2] == 1 and not (stacks.runs_eagerly() or is_exporting())
+    if not may_be_carried() or is_exporting():
+        return False
+    known = all(is_known(size) for size in (*x.shape, *y.shape))
+    return known and x.shape[2] == 1 and x.shape[0] == y.shape[0]
 
 
 def _logits_of_row(query: Tensor, key: Tensor) -> Tensor:
