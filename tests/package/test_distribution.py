@@ -80,6 +80,11 @@ def test_devices_add_up_and_send_nothing_else(on_jax):
 
 
 @pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+def test_a_device_caches_its_own_heads_alone(on_jax):
+    assert on_jax["model"]["cached_heads"] == [1]
+
+
+@pytest.mark.backend("jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize(
     ("change", "variable", "size"),
     [

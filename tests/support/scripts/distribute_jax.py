@@ -4,6 +4,7 @@ KERAS_BACKEND=jax python distribute_jax.py single|data|model OUTPUT.json
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from support.cases import sequences
 
 import keras_ssattn
 from keras_ssattn.distribution import layout_map
-from keras_ssattn.models import CausalLM
+from keras_ssattn.models import CausalLM, generation
 
 # Sizes that two devices cannot share.
 UNEVEN = {
@@ -63,6 +64,22 @@ def exchanges():
     return sorted(set(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text())))
 
 
+def cached_heads():
+    """How many heads of keys a device caches while tokens are generated, of two."""
+    model = CausalLM(8, 32, 1, num_heads=4, num_kv_heads=2)
+    plan = generation._plan(model, np.ones((4, 5), "int32"), 8, 0.0, *[None] * 4, 1, (), None, 0)
+
+    def decode(values, *inputs):
+        with keras.StatelessScope(list(zip(model.variables, values, strict=True))):
+            return generation._make_decoder(model, plan.choice)(*inputs)
+
+    values = [x.value for x in model.variables]
+    program = jax.jit(decode).lower(values, *plan.inputs()).compile().as_text()
+    shapes = [[*map(int, x.split(","))] for x in re.findall(r"f32\[([\d,]+)\]", program)]
+    caches = [shape for shape in shapes if 64 in shape and shape[-1] == 8]
+    return sorted({math.prod(shape) // (4 * 64 * 8) for shape in caches})
+
+
 def main(kind, output):
     devices = keras.distribution.list_devices()
     assert len(devices) == 4
@@ -92,7 +109,7 @@ def main(kind, output):
     adam.build(model.trainable_variables)
     found = {"shards": shards_of(model.trainable_variables), "adam": shards_of(adam.variables)}
     if kind == "model":
-        found.update(errors=errors(), exchanges=exchanges())
+        found.update(errors=errors(), exchanges=exchanges(), cached_heads=cached_heads())
     outputs = np.asarray(model.predict(sequences(seed=5), verbose=0)).tolist()
     with open(output, "w") as file:
         json.dump({"losses": losses, "outputs": outputs, **found}, file)
