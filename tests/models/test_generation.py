@@ -456,11 +456,9 @@ class OfItsOwn(CausalLM):
 
     def make_cache(self, batch_size, length):
         cache = super().make_cache(batch_size, length)
-        wraps = {
-            "tuples": lambda x: tuple(map(tuple, x)),
-            "more": lambda x: (*x, keras.ops.ones(3)),
-        }
-        return {"dict": lambda x: {"blocks": x}, **wraps}[self.kind](cache)
+        if self.kind == "dict":
+            return {"blocks": cache}
+        return tuple(map(tuple, cache)) if self.kind == "tuples" else (*cache, keras.ops.ones(3))
 
     def next_logits(self, given, cache, cache_index=0, mask=None):
         blocks = cache["blocks"] if self.kind == "dict" else cache[: len(self.blocks)]

@@ -140,13 +140,21 @@ def test_scales_in_half_precision(asked, rng):
     assert [x["scale"] for x in asked] == [0.25, 1.0]
 
 
-@pytest.mark.parametrize("device", ["cpu:0", "tpu:0", "gpu:0"])
-def test_without_cudnn_it_is_refused(device, monkeypatch, rng):
-    _frameworks._serves.cache_clear()
+@pytest.mark.parametrize("device", ["cpu:0", "tpu:0", "rocm:0"])
+def test_on_other_devices_it_is_refused(device, gpu, monkeypatch, rng):
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: [device])
     with pytest.raises(ValueError, match=r"fused.*JAX with a GPU.*bfloat16"):
         ops.attention(*halves(rng), implementation="fused")
-    _frameworks._serves.cache_clear()
+
+
+def test_without_cudnn_it_is_refused(gpu, monkeypatch, rng):
+    def undetected():
+        raise RuntimeError("cuDNN is not detected.")
+
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, undetected)
+    with pytest.raises(ValueError, match=r"fused.*JAX with a GPU.*bfloat16"):
+        ops.attention(*halves(rng), implementation="fused")
 
 
 def test_a_gpu_that_is_not_used_is_not_asked(gpu, rng):

@@ -148,4 +148,4 @@ def _has_fused(
     """Whether the backend has a fused kernel of this attention."""
     if keras.backend.backend() == "torch":
         return fused.is_available(kernel, [dtype_of(x) for x in (query, key, value)])
-    return ON_JAX and cudnn.is_available(query, key, value, kernel, factor, visibility)
+    return cudnn.is_available(query, key, value, kernel, factor, visibility)
