@@ -81,15 +81,12 @@ class Kernel:
         linear: whether f(x) = x, for which tiles have a shorter way.
         prescale: what the logits are multiplied by before any other method sees them.
         headroom: how far a logit may pass m; `None` if the kernel has no use for m.
-        has_reciprocal: whether Z is 1 or more, and f no more than 1: then 1 / Z^2, which its
-            derivative has, does not overflow, and no weight is rounded to more than 1.
     """
 
     absent: ClassVar[float] = 0.0
     linear: ClassVar[bool] = False
     prescale: ClassVar[float] = 1.0
     headroom: ClassVar[float | None] = None
-    has_reciprocal: ClassVar[bool] = False
 
     def start(self, dtype: DType) -> Number | Tensor:
         """What m is at least."""
@@ -127,7 +124,6 @@ class Softmax(Kernel):
 
     absent = -float("inf")
     headroom = 0.0
-    has_reciprocal = True
 
     def start(self, dtype: DType) -> Number | Tensor:
         return float(np.finfo(dtype).min)  # finite, so that m - m is 0
@@ -186,7 +182,7 @@ class Softpick(Kernel):
     prescale = 2.0**-24
 
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
-        return x, on.absolute(x + 0.0)
+        return x, magnitude(x)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
@@ -268,25 +264,49 @@ def name_of(kernel: Kernel) -> str:
     return known.get(type(kernel), type(kernel).__name__)
 
 
+def scaled(kernel: Kernel, x: Tensor) -> Tensor:
+    """Logits times the kernel's `prescale`, for `normalize`."""
+    return x if kernel.prescale == 1.0 else apart(x * kernel.prescale)
+
+
 def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | None) -> Tensor:
     """The weights of whole rows, along `axis`; entries that `mask` hides are absent.
 
     Args:
         kernel: of the normalizer.
-        x: logits, float32 or wider.
+        x: logits times the kernel's `prescale`, float32 or wider.
         axis: the axes to normalize over, from the end.
         mask: boolean, broadcastable to `x`, or `None`.
     """
     if mask is not None:
         x = ops.where(mask, x, kernel.absent)
-    if kernel.prescale != 1.0:
-        x = x * kernel.prescale
     m = maximum(kernel, x, axis)
     f, g = kernel.values(x, m, ROWS)
     total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
-    total = ops.where(total > 0, total, 1.0)
-    # the derivative of a quotient passes over its entries three times more than that of 1 / Z
-    return f * (1.0 / total) if kernel.has_reciprocal else f / total
+    return f * reciprocal(ops.where(total > 0, total, 1.0))
+
+
+def reciprocal(z: Tensor) -> Tensor:
+    """1 / z, for z > 0, by which f is multiplied.
+
+    The derivative of a quotient f / z passes over f three times more. That of 1 / z has z^2, which
+    may leave float32, unless it is written as a derivative at 1. For f up to z, f (1 / z) is at
+    most 1, too: z times the rounded 1 / z is at most half a step above 1, and a tie goes to 1.
+    """
+    if is_exporting():  # what is exported is not differentiated
+        return 1.0 / z
+    constant = ops.stop_gradient(z)
+    return apart(1.0 / (z / constant)) / constant
+
+
+def apart(x: Tensor) -> Tensor:
+    """x, such that XLA does not join factors of it with what it is multiplied by.
+
+    Such a product may leave float32 where the result does not.
+    """
+    if keras.backend.backend() == "torch" or is_exporting():
+        return x
+    return ops.where(ops.equal(x, x), x, float("nan"))
 
 
 def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:

@@ -210,7 +210,7 @@ def sink_softmax(
 def apply(kernel: Kernel, x: ArrayLike, axis: Axis, mask: ArrayLike | None) -> Tensor:
     """The weights of any kernel; the functions above are this one with their own."""
     x, axes, mask, dtype = _prepare(x, axis, mask)
-    return ops.cast(kernels.normalize(kernel, x, axes, mask), dtype)
+    return ops.cast(kernels.normalize(kernel, kernels.scaled(kernel, x), axes, mask), dtype)
 
 
 def _prepare(

@@ -1,5 +1,6 @@
 """What several tests do: gradients of a plain function, a step of training, saving and loading."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def gradients(function, arrays, cotangent):
     elif backend == "jax":
         import jax
 
-        found = jax.grad(total, argnums=tuple(range(len(tensors))))(*tensors)
+        found = jax.jit(jax.grad(total, argnums=tuple(range(len(tensors)))))(*tensors)
     else:
         import torch
 
@@ -64,6 +65,15 @@ def compiled(function):
     return jax.jit(function)
 
 
+def in_one_program(function):
+    """As XLA compiles it, which joins and reorders operations; PyTorch has none of this."""
+    if keras.backend.backend() != "tensorflow":
+        return compiled(function)
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True)
+
+
 def relative_error(actual, expected):
     """Largest error relative to the largest expected magnitude."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
@@ -76,7 +86,9 @@ def relative_error(actual, expected):
 
 def predict(model, *inputs):
     """The output in inference mode as float32; `model.predict` without compiling a function."""
-    return to_numpy(keras.ops.cast(model(*inputs, training=False), "float32"))
+    return to_numpy(
+        keras.ops.cast(compiled(functools.partial(model, training=False))(*inputs), "float32")
+    )
 
 
 def train(model, x, y, learning_rate=0.5, **options):

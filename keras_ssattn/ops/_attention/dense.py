@@ -32,6 +32,8 @@ def weights(
     """
     dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
     query, key = ops.cast(query, dtype), ops.cast(key, dtype)
+    if kernel.prescale != 1.0:
+        factor = factor * kernel.prescale
     query = ops.transpose(query * factor, (0, 2, 1, 3))  # [B, H, T, D]
     if _is_one_row(query, key):
         logits = _logits_of_row(query, key)
