@@ -107,7 +107,7 @@ def regressor(**options):
 
 def run_life_cycle(model, **compile_options):
     """What compile, fit, evaluate and predict give, as numbers."""
-    x, y = sequences(11), sequences(11)[:, :3].mean(-1)
+    x, y = sequences(12), sequences(12)[:, :3].mean(-1)
     model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"], **compile_options)
     history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history
     evaluation = model.evaluate(x, y, batch_size=4, verbose=0)

@@ -17,6 +17,7 @@ from support import BACKENDS, SCRIPTS, TESTS
 from support.cases import MODELS
 from support.processes import KINDS, train
 
+pytestmark = pytest.mark.first
 INSTALLED = [b for b in BACKENDS if importlib.util.find_spec(b)]
 
 

@@ -28,6 +28,9 @@ def results(script, kinds, folder):
     return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
 
 
+pytestmark = pytest.mark.first
+
+
 @pytest.fixture(scope="module")
 def on_jax(tmp_path_factory):
     kinds = ("single", "data", "model")

@@ -10,6 +10,9 @@ from support.processes import BATCH, KILLED, KINDS, STEPS, make_compiled, text, 
 KINDS_HERE = [pytest.param(x, marks=pytest.mark.backend(backend)) for x, backend in KINDS.items()]
 
 
+pytestmark = pytest.mark.first
+
+
 @pytest.fixture(scope="module")
 def alone():
     """The model that one process trains; the losses, and the weights after each step."""

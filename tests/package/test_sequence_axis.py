@@ -15,7 +15,10 @@ from keras_ssattn.ops import Visibility
 from keras_ssattn.ops._attention.tiled import devices
 from keras_ssattn.ops.kernels import Softmax
 
-pytestmark = pytest.mark.backend("jax", reason="keras.distribution is for JAX")
+pytestmark = [
+    pytest.mark.first,
+    pytest.mark.backend("jax", reason="keras.distribution is for JAX"),
+]
 
 
 @pytest.fixture(scope="module")
