@@ -36,6 +36,7 @@ import numpy as np
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_number
+from keras_ssattn._frameworks import is_recording
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import DType, Number, Tensor
@@ -293,7 +294,7 @@ def reciprocal(z: Tensor) -> Tensor:
     may leave float32, unless it is written as a derivative at 1. For f up to z, f (1 / z) is at
     most 1, too: z times the rounded 1 / z is at most half a step above 1, and a tie goes to 1.
     """
-    if is_exporting():  # what is exported is not differentiated
+    if is_exporting() or not is_recording():
         return 1.0 / z
     constant = ops.stop_gradient(z)
     return apart(1.0 / (z / constant)) / constant
