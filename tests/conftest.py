@@ -26,10 +26,21 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_finish():
-    """What is imported stays: it need not be walked again in every collection of garbage."""
+    _freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept_objects():
+    """Keras collects garbage wherever a layer is quantized, and JAX keeps what it compiles."""
+    yield
+    _freeze()
+
+
+def _freeze():
+    """What is there stays: it need not be walked again in every collection of garbage."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
