@@ -183,7 +183,7 @@ class Softpick(Kernel):
     prescale = 2.0**-24
 
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
-        return x, magnitude(x)
+        return x, on.absolute(x if on is ROWS else x + 0.0)
 
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor

@@ -136,6 +136,7 @@ def graphs_only(monkeypatch, jit_compile):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("jit_compile", ["auto", True])
 def test_fit_evaluate_predict_agree_with_an_eager_run(jit_compile, eager, graphs_only):
     weights, (eager_loss, eager_evaluation, eager_prediction) = eager
