@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from support import oracle
 from support.cases import NAMES
+from support.derivatives import derivative
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
@@ -335,10 +336,10 @@ def test_second_derivative_is_right_or_refused(normalizer, power, causal, backen
                 y = ops.attention(q, *arrays[1:], normalizer, **options)
                 return keras.ops.sum(y**power)
 
-            [gradient] = derivative(total, query)
+            gradient = derivative(total, query)
             return keras.ops.sum(gradient**2)
 
-        return to_numpy(derivative(penalty, arrays[0])[0])
+        return to_numpy(derivative(penalty, arrays[0]))
 
     if backend == "jax" and not causal:
         assert relative_error(second("tiled"), second("dense")) < 1e-5
@@ -358,32 +359,12 @@ def test_a_gradient_may_be_a_constant_of_another(normalizer, rng):
             return keras.ops.sum(y**2)
 
         def outer(query):
-            [gradient] = derivative(total, query)
+            gradient = derivative(total, query)
             return total(query - 0.1 * keras.ops.stop_gradient(gradient))
 
-        return to_numpy(derivative(outer, arrays[0])[0])
+        return to_numpy(derivative(outer, arrays[0]))
 
     assert relative_error(gradient_of("tiled"), gradient_of("dense")) < 1e-4
-
-
-def derivative(function, x):
-    """The gradient of a number, itself differentiable."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return [jax.grad(function)(x)]
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        x = tf.convert_to_tensor(x)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = function(x)
-        return tape.gradient(y, [x])
-    import torch
-
-    x = x if isinstance(x, torch.Tensor) else torch.tensor(x, requires_grad=True)
-    return torch.autograd.grad(function(x), [x], create_graph=True)
 
 
 @pytest.mark.parametrize("implementation", ["dense", "tiled"])

@@ -1,11 +1,9 @@
 """Derivatives that can be differentiated again, on every backend."""
 
-import functools
-
 import keras
 import numpy as np
 
-from support.helpers import to_numpy
+from support.helpers import compiled, to_numpy
 
 
 def derivative(function, x):
@@ -14,7 +12,7 @@ def derivative(function, x):
     if backend == "jax":
         import jax
 
-        return jax.grad(function)(x)
+        return jax.jit(jax.grad(function))(x)
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -50,13 +48,8 @@ def slope(function, x, direction, step=8e-3):
 
 def assert_twice_differentiable(function, x, rng, tolerance=2e-2):
     """The derivative of `penalty(function)` is that of finite differences."""
-    value = penalty(function)
-    gradient = functools.partial(derivative, value)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        value, gradient = jax.jit(value), jax.jit(gradient)
-    found = to_numpy(gradient(x))
+    value = compiled(penalty(function))
+    found = to_numpy(derivative(value, x))
     direction = rng.normal(size=x.shape).astype("float32")
     direction /= np.linalg.norm(direction)
     expected = slope(value, x, direction)
