@@ -111,6 +111,26 @@ def uncompiled(function: Callable) -> Callable:
     return torch.compiler.disable(function) if keras.backend.backend() == "torch" else function
 
 
+def in_full_precision(function: Callable) -> Callable:
+    """A function of a tensor first, in which PyTorch's autocast rounds nothing to half.
+
+    It would round the arguments of products, that were widened before; and float16 has no room for
+    what softpick scales its logits by.
+    """
+    if keras.backend.backend() != "torch":
+        return function
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = x.device.type if isinstance(x, torch.Tensor) else "meta"
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
 def constant_like(array: np.ndarray, x: Tensor) -> Tensor:
     """An array as a tensor of the dtype of `x`, and one that `torch.compile` can follow."""
     if keras.backend.backend() == "torch":

@@ -284,7 +284,7 @@ def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | N
     m = maximum(kernel, x, axis)
     f, g = kernel.values(x, m, ROWS)
     total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
-    return f * reciprocal(ops.where(total > 0, total, 1.0))
+    return f * reciprocal(ops.where(total <= 0, 1.0, total))
 
 
 def reciprocal(z: Tensor) -> Tensor:
@@ -296,18 +296,19 @@ def reciprocal(z: Tensor) -> Tensor:
     """
     if is_exporting() or not is_recording():
         return 1.0 / z
-    constant = ops.stop_gradient(z)
+    constant = ops.stop_gradient(ops.minimum(z, np.finfo(dtype_of(z)).max))  # 1 / inf is 0
     return apart(1.0 / (z / constant)) / constant
 
 
 def apart(x: Tensor) -> Tensor:
     """x, such that XLA does not join factors of it with what it is multiplied by.
 
-    Such a product may leave float32 where the result does not.
+    Such a product may leave float32 where the result does not. A choice is not seen through: XLA
+    cannot know that x equals itself, since a NaN, which stays one, does not.
     """
     if keras.backend.backend() == "torch" or is_exporting():
         return x
-    return ops.where(ops.equal(x, x), x, float("nan"))
+    return ops.where(ops.equal(x, x), x, -x)
 
 
 def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:

@@ -24,8 +24,11 @@ def _is_bfloat16(x):
     return keras.utils.standardize_dtype(x.dtype) == "bfloat16"
 
 
-def gradients(function, arrays, cotangent):
-    """Gradients of sum(function(*arrays) * cotangent) with respect to each array, as NumPy."""
+def gradients(function, arrays, cotangent, eager=False):
+    """Gradients of sum(function(*arrays) * cotangent) with respect to each array, as NumPy.
+
+    On JAX they are one program, which compiles faster than its operations, unless `eager`.
+    """
     tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
     cotangent = keras.ops.convert_to_tensor(cotangent, "float32")
 
@@ -44,7 +47,8 @@ def gradients(function, arrays, cotangent):
     elif backend == "jax":
         import jax
 
-        found = jax.jit(jax.grad(total, argnums=tuple(range(len(tensors)))))(*tensors)
+        gradient = jax.grad(total, argnums=tuple(range(len(tensors))))
+        found = (gradient if eager else jax.jit(gradient))(*tensors)
     else:
         import torch
 
@@ -85,7 +89,7 @@ def relative_error(actual, expected):
 
 
 def predict(model, *inputs):
-    """The output in inference mode as float32; `model.predict` without compiling a function."""
+    """The output in inference mode as float32, by a call, which JAX compiles."""
     return to_numpy(
         keras.ops.cast(compiled(functools.partial(model, training=False))(*inputs), "float32")
     )

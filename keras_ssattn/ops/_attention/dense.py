@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_ssattn._frameworks import in_full_precision
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import dtype_of, is_known, matmul
 from keras_ssattn._typing import Number, Tensor
@@ -23,6 +24,7 @@ def attention(
     return combine(weights(query, key, kernel, factor, visibility), value)
 
 
+@in_full_precision
 def weights(
     query: Tensor, key: Tensor, kernel: Kernel, factor: Number | Tensor, visibility: Visibility
 ) -> Tensor:
@@ -32,7 +34,7 @@ def weights(
     """
     dtype = "float64" if "float64" in (dtype_of(query), dtype_of(key)) else "float32"
     query, key = ops.cast(query, dtype), ops.cast(key, dtype)
-    if kernel.prescale != 1.0:
+    if kernel.prescale != 1.0:  # in the query it costs no pass; entries below 2^-102 are lost
         factor = factor * kernel.prescale
     query = ops.transpose(query * factor, (0, 2, 1, 3))  # [B, H, T, D]
     if _is_one_row(query, key):
@@ -44,6 +46,7 @@ def weights(
     return kernels.normalize(kernel.with_tensors(by_row), logits, (-1,), visibility.dense_mask)
 
 
+@in_full_precision
 def combine(weights: Tensor, value: Tensor) -> Tensor:
     """Sums values `[B, S, K, Dv]` by weights `[B, H, T, S]` to `[B, T, H, Dv]`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ssattn._frameworks import is_recording, uncompiled
+from keras_ssattn._frameworks import in_full_precision, is_recording, uncompiled
 from keras_ssattn._keras.heads_layout import heads_layout
 from keras_ssattn._tensors import cast, dtype_of, widen
 from keras_ssattn._typing import Number, Tensor
@@ -22,6 +22,7 @@ from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
 
 
+@in_full_precision
 @uncompiled  # `torch.compile` would write every tile into the graph
 def attention(
     query: Tensor,
@@ -73,16 +74,19 @@ def _with_gradient(
         tiles = layout.tiles(query, key, value)
         residuals = forward.run(tiles) if ring is None else ring.forward(tiles)
 
-        # Keras gives the upstream gradient by position on some backends, by name on others
-        def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor | None, ...]:
-            upstream = given = args[0] if upstream is None else upstream
-            if stacks.runs_eagerly():  # what follows is never differentiated: keep nothing for it
-                upstream = ops.stop_gradient(upstream)
+        @in_full_precision
+        def gradient_of(given: Tensor) -> tuple[Tensor | None, ...]:
+            # what follows is never differentiated on PyTorch: keep nothing for it
+            upstream = ops.stop_gradient(given) if stacks.runs_eagerly() else given
             again = _Layout(kernel, factor, visibility, query, key, tensors)
             tiles = again.of(residuals.queries, residuals.keys, residuals.values)
             upstream = stacks.split(upstream, again.sizes.query, again.group_size)
             run = backward.run if ring is None else ring.backward
             return again.gradients(run(residuals, upstream, tiles), given, query, key, value)
+
+        # Keras gives the upstream gradient by position on some backends, by name on others
+        def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor | None, ...]:
+            return gradient_of(args[0] if upstream is None else upstream)
 
         length = ops.shape(query)[1]
         return stacks.merge(residuals.outputs, length, layout.group_size), gradient
