@@ -4,7 +4,7 @@ import gc
 import os
 
 import pytest
-from support import BACKENDS
+from support import BACKENDS, combinations
 
 if os.environ.get("KERAS_BACKEND") not in BACKENDS:
     raise pytest.UsageError(
@@ -18,7 +18,9 @@ import hypothesis
 import keras
 import numpy as np
 
-EXAMPLES = 60 if keras.backend.backend() == "torch" else 20  # the others compile each anew
+ON_TORCH = keras.backend.backend() == "torch"
+EXAMPLES = 60 if ON_TORCH else 20  # the others compile each anew
+COMBINATIONS = os.environ.get("KERAS_SSATTN_COMBINATIONS", "all" if ON_TORCH else "some")
 hypothesis.settings.register_profile(
     "suite", max_examples=EXAMPLES, deadline=None, derandomize=True, print_blob=True
 )
@@ -43,11 +45,17 @@ def _freeze():
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """`@pytest.mark.backend("jax")` is for tests of what the other backends do not have.
 
-    Those marked `first` come first, so that the workers end at the same time.
+    Those marked `first` come first, so that the workers end at the same time. Of parameters that
+    are crossed, PyTorch runs all combinations; where most of the time goes into compilers, some
+    are run, in which each value of each parameter occurs.
     """
+    if COMBINATIONS == "some" and not any("::" in argument for argument in config.args):
+        left_out = {id(item) for item in combinations.to_leave_out(items)}
+        config.hook.pytest_deselected(items=[x for x in items if id(x) in left_out])
+        items[:] = [x for x in items if id(x) not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
     for item in items:
         for marker in item.iter_markers("backend"):
