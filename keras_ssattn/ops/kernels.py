@@ -296,7 +296,8 @@ def reciprocal(z: Tensor) -> Tensor:
     """
     if is_exporting() or not is_recording():
         return 1.0 / z
-    constant = ops.stop_gradient(ops.minimum(z, np.finfo(dtype_of(z)).max))  # 1 / inf is 0
+    largest = float(np.finfo(dtype_of(z)).max)  # 1 / inf is 0
+    constant = ops.stop_gradient(ops.minimum(z, largest))
     return apart(1.0 / (z / constant)) / constant
 
 
