@@ -195,7 +195,9 @@ def test_dtype_policies_survive(policy):
     converted = convert_attention(model, train_length=TIME, causal=False)
     assert layer_of(converted).dtype_policy.name == policy
     assert layer_of(converted).query_dense.dtype_policy.name == policy
-    np.testing.assert_allclose(predict(converted, arrays()), predict(model, arrays()), atol=3e-2)
+    # what Keras makes of float16 on JAX cannot be compiled for a CPU
+    expected = predict(model, arrays(), eager=True)
+    np.testing.assert_allclose(predict(converted, arrays()), expected, atol=3e-2)
 
 
 FROZEN = {

@@ -88,11 +88,11 @@ def relative_error(actual, expected):
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
 
 
-def predict(model, *inputs):
-    """The output in inference mode as float32, by a call, which JAX compiles."""
-    return to_numpy(
-        keras.ops.cast(compiled(functools.partial(model, training=False))(*inputs), "float32")
-    )
+def predict(model, *inputs, eager=False):
+    """The output in inference mode as float32, by a call, which JAX compiles unless `eager`."""
+    function = functools.partial(model, training=False)
+    found = (function if eager else compiled(function))(*inputs)
+    return to_numpy(keras.ops.cast(found, "float32"))
 
 
 def train(model, x, y, learning_rate=0.5, **options):
