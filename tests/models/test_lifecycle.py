@@ -105,9 +105,9 @@ def regressor(**options):
     return keras.Sequential([core, keras.layers.Dense(3, name="head")])
 
 
-def run_life_cycle(model, count, **compile_options):
-    """What compile, fit, evaluate and predict of so many sequences give, as numbers."""
-    x, y = sequences(count), sequences(count)[:, :3].mean(-1)
+def run_life_cycle(model, **compile_options):
+    """What compile, fit, evaluate and predict give, as numbers."""
+    x, y = sequences(11), sequences(11)[:, :3].mean(-1)
     model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"], **compile_options)
     history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history
     evaluation = model.evaluate(x, y, batch_size=4, verbose=0)
@@ -116,15 +116,10 @@ def run_life_cycle(model, count, **compile_options):
 
 @pytest.fixture(scope="module")
 def eager():
-    """Initial weights, and what gives the numbers of an eager run from them."""
+    """Initial weights, and the numbers of an eager run from them."""
     model = regressor()
     weights = model.get_weights()
-
-    def run(count):
-        model.set_weights(weights)
-        return run_life_cycle(model, count, run_eagerly=True)
-
-    return weights, run
+    return weights, run_life_cycle(model, run_eagerly=True)
 
 
 @pytest.fixture
@@ -143,14 +138,11 @@ def graphs_only(monkeypatch, jit_compile):
 
 @pytest.mark.first
 @pytest.mark.parametrize("jit_compile", ["auto", True])
-def test_fit_evaluate_predict_agree_with_an_eager_run(jit_compile, eager, graphs_only, backend):
-    # the last batch of 11 is smaller: PyTorch would follow all functions again, for a minute
-    count = 12 if jit_compile is True and backend == "torch" else 11
-    weights, run_eagerly = eager
-    eager_loss, eager_evaluation, eager_prediction = run_eagerly(count)
+def test_fit_evaluate_predict_agree_with_an_eager_run(jit_compile, eager, graphs_only):
+    weights, (eager_loss, eager_evaluation, eager_prediction) = eager
     model = regressor()
     model.set_weights(weights)
-    loss, evaluation, prediction = run_life_cycle(model, count, jit_compile=jit_compile)
+    loss, evaluation, prediction = run_life_cycle(model, jit_compile=jit_compile)
     assert loss[1] < loss[0]
     np.testing.assert_allclose(loss, eager_loss, rtol=1e-5)
     np.testing.assert_allclose(evaluation, eager_evaluation, rtol=1e-5)
