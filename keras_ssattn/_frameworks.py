@@ -106,6 +106,11 @@ def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
     return getattr(torch, name)(*args, out=out)
 
 
+def linear(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's `x @ kernel + bias` of matrices, in one piece of memory."""
+    return x @ kernel if bias is None else torch.addmm(bias, x, kernel)
+
+
 def uncompiled(function: Callable) -> Callable:
     """A function that `torch.compile` leaves to run as it is, between two graphs."""
     return torch.compiler.disable(function) if keras.backend.backend() == "torch" else function

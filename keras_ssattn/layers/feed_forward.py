@@ -7,13 +7,13 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_flag, check_integer
-from keras_ssattn._keras.calling import call_inside
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.loading import NoWeights, freeze_sublayers
 from keras_ssattn._keras.serialization import check_options, policy_for, serialize_policy
 from keras_ssattn._keras.splitting import check_split
 from keras_ssattn._typing import Config, Identifier, Layer, Shape, Tensor
+from keras_ssattn.layers.projection import project
 
 
 @keras.saving.register_keras_serializable(package="keras_ssattn")
@@ -118,10 +118,10 @@ class FeedForward(keras.layers.Layer):
         return [*([self.gate] if self.gated else []), self.up, self.down]
 
     def call(self, inputs: Tensor) -> Tensor:
-        x = call_inside(self, self.up, inputs)
+        x = project(self, self.up, inputs)
         if self.gated:
-            x = x * call_inside(self, self.gate, inputs)
-        return call_inside(self, self.down, x)
+            x = x * project(self, self.gate, inputs)
+        return project(self, self.down, x)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_ssattn._checks import check_choice, check_integer
+from keras_ssattn._frameworks import linear
 from keras_ssattn._keras.calling import adds_nothing, call_inside
 from keras_ssattn._keras.initializing import unless_read
 from keras_ssattn._keras.serialization import policy_for
@@ -58,22 +59,25 @@ def projection(
     return layer
 
 
-def project(owner: Layer, layer: keras.layers.EinsumDense, x: Tensor) -> Tensor:
-    """`layer(x)` in the call of its owner: on PyTorch as one product of matrices.
+def project(owner: Layer, layer: keras.layers.EinsumDense | keras.layers.Dense, x: Tensor) -> Tensor:
+    """`layer(x)` in the call of its owner: on PyTorch as one product of matrices, with the bias.
 
-    Its einsum takes ten operations on tensors, which at one token take longer than the product.
+    Its einsum takes ten operations on tensors, which at one token take longer than the product, and
+    a bias added afterwards is one more tensor in new memory, which costs more than the sum.
     """
-    plain = type(layer) is keras.layers.EinsumDense and "call" not in vars(layer)
-    if not plain or not adds_nothing(owner, layer, x):
+    plain = type(layer) in (keras.layers.EinsumDense, keras.layers.Dense)
+    if not plain or "call" in vars(layer) or not adds_nothing(owner, layer, x):
         return call_inside(owner, layer, x)
     kernel = ops.convert_to_tensor(layer.kernel)  # with that of LoRA
-    batch, length, *inner = x.shape
-    rows, columns = kernel.shape[: len(inner)], kernel.shape[len(inner) :]
-    x = ops.reshape(x, (batch * length, math.prod(rows)))
-    y = x @ ops.reshape(kernel, (math.prod(rows), math.prod(columns)))
-    y = ops.reshape(y, (batch, length, *columns))
-    if layer.bias is not None:
-        y = y + layer.bias
+    bias = None if layer.bias is None else ops.convert_to_tensor(layer.bias)
+    inner = 1 if isinstance(layer, keras.layers.Dense) else len(x.shape) - 2
+    rows, columns = math.prod(kernel.shape[:inner]), math.prod(kernel.shape[inner:])
+    y = linear(
+        ops.reshape(x, (math.prod(x.shape[:-inner]), rows)),
+        ops.reshape(kernel, (rows, columns)),
+        None if bias is None else ops.reshape(bias, (columns,)),
+    )
+    y = ops.reshape(y, (*x.shape[:-inner], *kernel.shape[inner:]))
     return y if layer.activation is None else layer.activation(y)
 
 

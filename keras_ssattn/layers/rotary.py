@@ -167,10 +167,11 @@ def _positions(offset: int | ArrayLike, x: Tensor) -> Tensor:
 def turn(rotation: Rotation, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys `[B, T, heads, D]` of the same positions, turned.
 
-    In one call, which on PyTorch costs as much as for one of them; but not where heads are split
-    over devices, which would send each other a half of them.
+    One position in one call, which on PyTorch costs as much as for one of them; but not where
+    heads are split over devices, which would send each other a half of them.
     """
-    if dtype_of(query) != dtype_of(key) or keras.distribution.distribution() is not None:
+    together = query.shape[1] == 1 and dtype_of(query) == dtype_of(key)
+    if not together or keras.distribution.distribution() is not None:
         return rotation.turn(query), rotation.turn(key)
     heads = query.shape[2]
     both = rotation.turn(ops.concatenate([query, key], axis=2))

@@ -40,7 +40,7 @@ from keras_ssattn._frameworks import is_recording
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known
 from keras_ssattn._typing import DType, Number, Tensor
-from keras_ssattn.ops import in_place
+from keras_ssattn.ops import in_place, stacks
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -217,8 +217,11 @@ class RectifiedSoftpick(Kernel):
 
     def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
         """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        d = on.expm1(on.subtract(x, m))
-        d = on.subtract(d, on.expm1(-m))
+        if isinstance(m, float):  # 0, of all rows
+            d = on.expm1(x)
+        else:
+            d = on.expm1(on.subtract(x, m))
+            d = on.subtract(d, on.expm1(-m))
         f = ops.relu(d)
         return f, on.absolute(d)
 
@@ -236,7 +239,7 @@ class RectifiedSoftpick(Kernel):
         return in_place.relu(d), upstream
 
     def constant(self, m: Tensor) -> Number | Tensor:
-        return self.epsilon * ops.exp(-m)
+        return self.epsilon * (1.0 if isinstance(m, float) else ops.exp(-m))
 
 
 # What `normalizer=` names, everywhere; "ssmax" is softmax under a length scale of s log n.
@@ -313,15 +316,23 @@ def apart(x: Tensor) -> Tensor:
 
 
 def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:
-    """M of whole rows, for logits in which hidden entries are absent; it has no gradient."""
+    """M of whole rows, for logits in which hidden entries are absent; it has no gradient.
+
+    A number where the logits show that it is the same for all rows.
+    """
     dtype = dtype_of(x)
     start = kernel.start(dtype)
     if kernel.headroom is None:
         return start
-    start = ops.stop_gradient(ops.convert_to_tensor(start, dtype))
-    if any(is_known(size) and size == 0 for size in x.shape):  # PyTorch has no maximum of it
+    x = ops.stop_gradient(x)
+    is_empty = any(is_known(size) and size == 0 for size in x.shape)
+    reads = kernel.headroom and not is_empty and stacks.has_numbers(x)
+    if reads and ops.amax(x) <= kernel.headroom:
         return start
-    peak = ops.amax(ops.stop_gradient(x), axis=axis, keepdims=True) - kernel.headroom
+    start = ops.stop_gradient(ops.convert_to_tensor(start, dtype))
+    if is_empty:  # PyTorch has no maximum of it
+        return start
+    peak = ops.amax(x, axis=axis, keepdims=True) - kernel.headroom
     if is_exporting():  # the ONNX of TensorFlow's `where` multiplies, and 0 times -inf is NaN
         return ops.maximum(peak, start)
     return ops.where(peak > start, peak, start)

@@ -176,10 +176,12 @@ class Rotation:
 
     def turn(self, x: Tensor) -> Tensor:
         """`x`, `[B, T, H, D]`, with its first R features turned."""
-        dtype, half, x = dtype_of(x), self.half, widen(x)
-        parts = [x[..., half : 2 * half], x[..., :half]]
-        if 2 * half < x.shape[-1]:
-            parts.append(x[..., 2 * half :])
+        dtype, x = dtype_of(x), widen(x)
+        size = int(x.shape[-1])  # which in a trace of PyTorch's is a tensor
+        part = math.gcd(self.half, size)
+        parts = ops.split(x, size // part, axis=-1)  # of slices TensorFlow's gradient is slow
+        half = self.half // part
+        parts = [*parts[half : 2 * half], *parts[:half], *parts[2 * half :]]
         return cast(x * self.cos + ops.concatenate(parts, axis=-1) * self.sin, dtype)
 
 

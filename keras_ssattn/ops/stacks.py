@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import keras
 from keras import ops
+from keras.utils import is_keras_tensor
 
+from keras_ssattn._frameworks import is_compiling, is_transforming
+from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
 
@@ -23,6 +26,15 @@ def runs_eagerly() -> bool:
 def runs_on_cpu_eagerly(x: Tensor) -> bool:
     """Whether loops are so, and a core's cache may hold what an operation leaves to the next."""
     return runs_eagerly() and x.device.type == "cpu"
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether PyTorch computes `x` now, on a CPU, and for itself: what follows may depend on it."""
+    return (
+        runs_eagerly()
+        and not (is_keras_tensor(x) or is_compiling() or is_transforming() or is_exporting())
+        and runs_on_cpu_eagerly(x)
+    )
 
 
 def loop(start: Size, stop: Size, step: Callable, carry: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from support.cases import NAMES, oracle_name
 from support.helpers import relative_error, to_numpy
 
 from keras_ssattn import layers
-from keras_ssattn.layers import MultiHeadAttention
+from keras_ssattn.layers import FeedForward, MultiHeadAttention
 from keras_ssattn.ssmax import EdificeSSMax
 
 BATCH, LENGTH, KEY_LENGTH = 2, 5, 7
@@ -373,13 +373,18 @@ def test_without_training_dropout_needs_no_weights(monkeypatch, data):
 
 
 @pytest.mark.backend("torch", reason="hooks are PyTorch's")
-def test_hooks_of_projections_are_called(rng):
-    layer, seen = MultiHeadAttention(2, 4), []
+@pytest.mark.parametrize("names", ["query_dense value_dense key_dense", "up down gate"])
+def test_hooks_of_projections_are_called(names, rng):
+    layer = FeedForward(5, gated=True) if "up" in names else MultiHeadAttention(2, 4)
     x = keras.ops.convert_to_tensor(rng.normal(size=(2, 3, 8)).astype("float32"))
-    layer(x.requires_grad_(), x)
-    layer.query_dense.register_forward_hook(lambda *_: seen.append("forward"))
-    layer.value_dense.register_full_backward_hook(lambda *_: seen.append("backward"))
-    call = layer.key_dense.call
-    layer.key_dense.call = lambda x: seen.append("call") or call(x)
-    layer(x, x).sum().backward()
+    inputs = (x.requires_grad_(),) if "up" in names else (x.requires_grad_(), x)
+    expected, seen = to_numpy(layer(*inputs)), []
+    first, second, third = (getattr(layer, name) for name in names.split())
+    first.register_forward_hook(lambda *_: seen.append("forward"))
+    second.register_full_backward_hook(lambda *_: seen.append("backward"))
+    call = third.call
+    third.call = lambda x: seen.append("call") or call(x)
+    found = layer(*inputs)
+    found.sum().backward()
     assert sorted(seen) == ["backward", "call", "forward"]
+    np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -205,6 +206,48 @@ def test_rectified_softpick_gradient_reaches_negative_logits():
     total = np.abs(e - 1).sum() + 1e-6
     w = (e[0] - 1) / total
     np.testing.assert_allclose(gradient, [e[0] / total * (1 - w), e[1] / total * w, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [29.9, 30.1, 95.0])
+def test_rows_of_rectified_softpick_do_not_depend_on_each_other(start, rng):
+    """Where no logit is large PyTorch leaves a step out; then it changes nothing."""
+    x = rng.normal(size=(3, 7)).astype("float32")
+    large = np.concatenate([x, x[:1] * 0 + np.float32(start)])
+    cotangent = rng.normal(size=(4, 7)).astype("float32")
+    apart = to_numpy(ops.rectified_softpick(x))
+    np.testing.assert_array_equal(to_numpy(ops.rectified_softpick(large))[:3], apart)
+    [found] = gradients(ops.rectified_softpick, [large], cotangent)
+    [expected] = gradients(ops.rectified_softpick, [x], cotangent[:3])
+    np.testing.assert_allclose(found[:3], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.backend("torch", reason="its ways to follow what runs")
+@pytest.mark.parametrize("way", ["jit.trace", "export", "make_fx", "vmap", "compile"])
+def test_what_follows_small_logits_holds_for_large_ones(way):
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    small, large = (torch.tensor([[1.0, -2.0, 0.5]]) * factor for factor in (1, 100))
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return ops.rectified_softpick(x)
+
+    if way == "jit.trace":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = torch.jit.trace(Module(), small, check_trace=False)
+    elif way == "export":
+        run = torch.export.export(Module(), (small,), strict=False).module()
+    elif way == "make_fx":
+        run = make_fx(lambda x: ops.rectified_softpick(x))(small)
+    elif way == "vmap":
+        run = torch.func.vmap(ops.rectified_softpick)
+    else:
+        run = torch.compile(ops.rectified_softpick, backend="eager", fullgraph=True)
+    for x in (small, large):
+        expected = oracle.normalize("rectified_softpick", x.numpy())
+        np.testing.assert_allclose(run(x).numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 EXTREMES = [[1, -1, 0], [-1, -1, -1], [1, 1, -1], [0, 0, 0], [1, 0.5, 0.25], [-1, 0, -0.5]]

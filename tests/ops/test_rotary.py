@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from support.helpers import to_numpy
+from support.helpers import gradients, to_numpy
 
 from keras_ssattn import layers, ops
 
@@ -219,6 +219,38 @@ def test_other_features_pass_through(rng):
     np.testing.assert_array_equal(actual[..., 6:], x[..., 6:])
     expected = 2 * rotate(x[..., :6], 3 + np.arange(5), plain(6))
     np.testing.assert_allclose(actual[..., :6], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("rotated", [2, 4, 6, 8, 10])
+def test_gradient_turns_back(rotated, rng):
+    """The transpose of a rotation is its inverse."""
+    x, cotangent = normal(rng, 1, 4, 2, 10), normal(rng, 1, 4, 2, 10)
+    [found] = gradients(lambda x: ops.rotary_embedding(x, 3, plain(rotated)), [x], cotangent)
+    back = rotate(cotangent[..., :rotated], -(3 + np.arange(4)), plain(rotated))
+    expected = np.concatenate([back, cotangent[..., rotated:]], axis=-1)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.backend("tensorflow", reason="its gradient of a slice fills zeros, on one thread")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_training_takes_no_gradient_of_a_slice(fraction):
+    import tensorflow as tf
+
+    block = layers.TransformerBlock(
+        2, num_kv_heads=1, causal=True, rotary=layers.RotaryEmbedding(fraction=fraction)
+    )
+    block.build((2, 5, 16))
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(block(x, training=True) ** 2)
+        return tape.gradient(loss, block.trainable_variables)
+
+    graph = gradient.get_concrete_function(tf.TensorSpec((2, 5, 16))).graph
+    kinds = {operation.type for operation in graph.get_operations()}
+    assert "Split" in kinds
+    assert "StridedSliceGrad" not in kinds
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

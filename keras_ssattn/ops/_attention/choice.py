@@ -6,7 +6,6 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from keras_ssattn._frameworks import is_compiling, is_transforming
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import cast, dtype_of, is_known, to_tensor, widen
 from keras_ssattn._typing import Number, Tensor
@@ -128,7 +127,7 @@ def _fastest(
 
 def _are_many(query: Tensor, key: Tensor) -> bool:
     """Whether weights of all heads no longer fit where PyTorch, on a CPU, works them over."""
-    if is_compiling() or is_transforming() or not stacks.runs_on_cpu_eagerly(query):
+    if not stacks.has_numbers(query):
         return False
     batch, length, num_heads = query.shape[:3]
     weights = batch * num_heads * length * key.shape[1]

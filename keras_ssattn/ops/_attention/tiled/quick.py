@@ -12,7 +12,7 @@ computed; where Z is smaller, it is computed again, exactly. Weights of logits u
 import dataclasses
 import functools
 
-from keras_ssattn._frameworks import is_transforming, write_over
+from keras_ssattn._frameworks import write_over
 from keras_ssattn._typing import Shape, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops.kernels import Functions, Kernel, RectifiedSoftpick
@@ -58,6 +58,6 @@ class PowersOfTwo(RectifiedSoftpick):
 
 def quick_kernel(kernel: Kernel, query: Tensor) -> PowersOfTwo | None:
     """The quick form of a kernel where there is one."""
-    if not isinstance(kernel, RectifiedSoftpick) or is_transforming():
+    if not isinstance(kernel, RectifiedSoftpick) or not stacks.has_numbers(query):
         return None
-    return PowersOfTwo(kernel.epsilon) if stacks.runs_on_cpu_eagerly(query) else None
+    return PowersOfTwo(kernel.epsilon)
