@@ -59,7 +59,9 @@ def projection(
     return layer
 
 
-def project(owner: Layer, layer: keras.layers.EinsumDense | keras.layers.Dense, x: Tensor) -> Tensor:
+def project(
+    owner: Layer, layer: keras.layers.EinsumDense | keras.layers.Dense, x: Tensor
+) -> Tensor:
     """`layer(x)` in the call of its owner: on PyTorch as one product of matrices, with the bias.
 
     Its einsum takes ten operations on tensors, which at one token take longer than the product, and

@@ -286,8 +286,11 @@ def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | N
         x = ops.where(mask, x, kernel.absent)
     m = maximum(kernel, x, axis)
     f, g = kernel.values(x, m, ROWS)
-    total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
-    return f * reciprocal(ops.where(total <= 0, 1.0, total))
+    constant = kernel.constant(m)
+    total = constant + ops.sum(g, axis=axis, keepdims=True)
+    if isinstance(constant, float) and constant == 0:  # of a row without entries, too
+        total = ops.where(total <= 0, 1.0, total)
+    return f * reciprocal(total)
 
 
 def reciprocal(z: Tensor) -> Tensor:
@@ -333,9 +336,10 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
     if is_empty:  # PyTorch has no maximum of it
         return start
     peak = ops.amax(x, axis=axis, keepdims=True) - kernel.headroom
-    if is_exporting():  # the ONNX of TensorFlow's `where` multiplies, and 0 times -inf is NaN
-        return ops.maximum(peak, start)
-    return ops.where(peak > start, peak, start)
+    # Keras's maximum may round float64. In ONNX, TensorFlow's `where` multiplies: 0 times -inf.
+    if dtype == "float64" and not is_exporting():
+        return ops.where(peak > start, peak, start)
+    return ops.maximum(peak, start)
 
 
 def entry_count(x: Tensor, axis: tuple[int, ...], mask: Tensor | None = None) -> Tensor | int:

@@ -338,6 +338,20 @@ def test_constants_are_computed_once_and_the_same_things_too():
     assert torch.equal(graph(x), function(x))
 
 
+def test_what_changes_nothing_is_left_out():
+    def function(x, y):
+        same = (x.detach().view(2, 3).expand(2, 3) * 1.0).exp()
+        return same, y * 1.0, x.view(3, 2).neg(), x[:, :1].expand(2, 3).abs()
+
+    x, y = torch.randn(2, 3), torch.arange(3)
+    graph, names = optimized(function, x, y)
+    for found, expected in zip(graph(x, y), function(x, y), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    # what is left changes a dtype or a shape
+    assert names == ["exp", "mul_1", "view_1", "neg", "slice_1", "expand_1", "abs_1"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "bool", "int64"])
 def test_constants_of_any_dtype(dtype):
     dtype = getattr(torch, dtype)
