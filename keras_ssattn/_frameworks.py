@@ -103,7 +103,13 @@ def is_transforming() -> bool:
     functorch = getattr(torch._C, "_functorch", None)
     levels = getattr(functorch, "peek_interpreter_stack", lambda: None)
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-    return levels() is not None or modes() > 0
+    early = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
+    return levels() is not None or modes() > 0 or early() > 0
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of PyTorch's, and of no class of tensors that stand for others."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
@@ -113,7 +119,17 @@ def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
 
 def linear(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's `x @ kernel + bias` of matrices, in one piece of memory."""
-    return x @ kernel if bias is None else torch.addmm(bias, x, kernel)
+    if bias is None:
+        return x @ kernel
+    if is_autocasting(x):  # which would round the sum to half
+        return x @ kernel + bias
+    return torch.addmm(bias, x, kernel)
+
+
+def is_autocasting(x: Tensor) -> bool:
+    """Whether PyTorch's autocast rounds arguments of products on the device of x."""
+    device = x.device.type if isinstance(x, torch.Tensor) else "meta"
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def uncompiled(function: Callable) -> Callable:
@@ -132,10 +148,9 @@ def in_full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = x.device.type if isinstance(x, torch.Tensor) else "meta"
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not is_autocasting(x):
             return function(x, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
 
     return run
@@ -405,10 +420,12 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for i in consumed:
         users = list(inputs[i].users)
-        if [x.target for x in users] == [torch.ops.aten.index_put.default]:
+        writes = [x.target for x in users] == [torch.ops.aten.index_put.default]
+        if writes and users[0].args[0] is inputs[i]:  # and it is no value that is written
             users[0].target = torch.ops.aten.index_put_.default
     for node in graph.nodes:
-        name = node.op == "call_function" and node.target.__name__.split(".")[0]
+        is_aten = getattr(node.target, "namespace", None) == "aten"
+        name = node.target.__name__.split(".")[0] if is_aten else ""
         if name in FUNCTIONS:
             node.target = getattr(torch if hasattr(torch, name) else torch.Tensor, name)
         elif node.op == "get_attr":  # found at once, and not among a module's own parameters
@@ -431,7 +448,7 @@ def _changes_nothing(node: Node) -> bool:
         return False
     if node.target is aten.detach.default:
         return True
-    same = old.shape == new.shape and old.dtype == new.dtype
+    same = old.dtype == new.dtype and old.shape == new.shape and old.stride() == new.stride()
     if node.target is aten.mul.Tensor:
         return same and isinstance(node.args[1], float) and node.args[1] == 1
     return same and node.target in (aten.expand.default, aten.view.default)

@@ -4,7 +4,8 @@ A known size is an `int`. Anything else (`None`, a tensor, the symbol of a trace
 is never compared in Python, and never decides which path is taken.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +43,17 @@ def multiply_wide(x: Tensor, factor: Tensor) -> Tensor:
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """`ops.matmul`, which on PyTorch computes float64 in float32."""
     return x @ y if dtype_of(x) == "float64" else ops.matmul(x, y)
+
+
+def split(x: Tensor, sizes: list[Size]) -> Sequence[Tensor]:
+    """Parts of the last axis, of these sizes.
+
+    The gradient of slices is slow on TensorFlow: it fills zeros around each, on one thread. Keras's
+    own function makes the sizes a tensor on PyTorch, which no trace follows.
+    """
+    if keras.backend.backend() == "torch" and not keras.utils.is_keras_tensor(x):
+        return x.split(sizes, dim=-1)
+    return ops.split(x, [*itertools.accumulate(sizes)][:-1], axis=-1)
 
 
 class KeptProperty:

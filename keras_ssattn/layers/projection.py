@@ -64,8 +64,8 @@ def project(
 ) -> Tensor:
     """`layer(x)` in the call of its owner: on PyTorch as one product of matrices, with the bias.
 
-    Its einsum takes ten operations on tensors, which at one token take longer than the product, and
-    a bias added afterwards is one more tensor in new memory, which costs more than the sum.
+    Its einsum takes ten operations on tensors, which at one token take longer than the product. Its
+    sum with the bias is a second large tensor, and new memory costs more than the sum.
     """
     plain = type(layer) in (keras.layers.EinsumDense, keras.layers.Dense)
     if not plain or "call" in vars(layer) or not adds_nothing(owner, layer, x):

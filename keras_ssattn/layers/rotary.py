@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_fits_int32, check_number, to_int32
 from keras_ssattn._keras.serialization import Specification
-from keras_ssattn._tensors import dtype_of
+from keras_ssattn._tensors import dtype_of, is_known
 from keras_ssattn._typing import ArrayLike, Config, DType, Identifier, Layer, Option, Shape, Tensor
 from keras_ssattn.ops import rotary_attention_factor, rotary_embedding, rotary_frequencies
 from keras_ssattn.ops.rotary import Rotation, check_scaling, check_theta
@@ -170,7 +170,8 @@ def turn(rotation: Rotation, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor
     One position in one call, which on PyTorch costs as much as for one of them; but not where
     heads are split over devices, which would send each other a half of them.
     """
-    together = query.shape[1] == 1 and dtype_of(query) == dtype_of(key)
+    length = query.shape[1]
+    together = is_known(length) and length == 1 and dtype_of(query) == dtype_of(key)
     if not together or keras.distribution.distribution() is not None:
         return rotation.turn(query), rotation.turn(key)
     heads = query.shape[2]

@@ -79,12 +79,14 @@ class Kernel:
 
     Attributes:
         absent: a logit for which f, g and the gradient of the values are 0.
+        has_constant: whether c keeps Z above 0 in every row, one without entries, too.
         linear: whether f(x) = x, for which tiles have a shorter way.
         prescale: what the logits are multiplied by before any other method sees them.
         headroom: how far a logit may pass m; `None` if the kernel has no use for m.
     """
 
     absent: ClassVar[float] = 0.0
+    has_constant: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     prescale: ClassVar[float] = 1.0
     headroom: ClassVar[float | None] = None
@@ -153,6 +155,7 @@ class SinkSoftmax(Softmax):
         sink: s, a tensor that broadcasts to the rows of the logits.
     """
 
+    has_constant: ClassVar[bool] = True
     sink: Tensor
 
     def start(self, dtype: DType) -> Number | Tensor:
@@ -179,6 +182,7 @@ class Softpick(Kernel):
     sum_j (q . k_j) v_j = q . sum_j (k_j v_j^T).
     """
 
+    has_constant = True
     linear = True
     prescale = 2.0**-24
 
@@ -204,6 +208,7 @@ class RectifiedSoftpick(Kernel):
         epsilon: positive number.
     """
 
+    has_constant: ClassVar[bool] = True
     headroom: ClassVar[float | None] = 30.0
     epsilon: float = 1e-6
 
@@ -215,9 +220,9 @@ class RectifiedSoftpick(Kernel):
             lambda x: 2.0**-126 <= x < float("inf"),
         )
 
-    def values(self, x: Tensor, m: Tensor, on: Functions) -> tuple[Tensor, Tensor]:
+    def values(self, x: Tensor, m: Number | Tensor, on: Functions) -> tuple[Tensor, Tensor]:
         """With d as (e^(x - m) - 1) + (1 - e^-m), which does not overflow."""
-        if isinstance(m, float):  # 0, of all rows
+        if isinstance(m, float):  # 0, of all rows: see `maximum`
             d = on.expm1(x)
         else:
             d = on.expm1(on.subtract(x, m))
@@ -238,7 +243,7 @@ class RectifiedSoftpick(Kernel):
         upstream *= e
         return in_place.relu(d), upstream
 
-    def constant(self, m: Tensor) -> Number | Tensor:
+    def constant(self, m: Number | Tensor) -> Number | Tensor:
         return self.epsilon * (1.0 if isinstance(m, float) else ops.exp(-m))
 
 
@@ -286,9 +291,8 @@ def normalize(kernel: Kernel, x: Tensor, axis: tuple[int, ...], mask: Tensor | N
         x = ops.where(mask, x, kernel.absent)
     m = maximum(kernel, x, axis)
     f, g = kernel.values(x, m, ROWS)
-    constant = kernel.constant(m)
-    total = constant + ops.sum(g, axis=axis, keepdims=True)
-    if isinstance(constant, float) and constant == 0:  # of a row without entries, too
+    total = kernel.constant(m) + ops.sum(g, axis=axis, keepdims=True)
+    if not kernel.has_constant:
         total = ops.where(total <= 0, 1.0, total)
     return f * reciprocal(total)
 
@@ -321,7 +325,7 @@ def apart(x: Tensor) -> Tensor:
 def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor:
     """M of whole rows, for logits in which hidden entries are absent; it has no gradient.
 
-    A number where the logits show that it is the same for all rows.
+    For `RectifiedSoftpick` it is the number 0 where PyTorch sees that no logit passes the headroom.
     """
     dtype = dtype_of(x)
     start = kernel.start(dtype)
@@ -329,9 +333,9 @@ def maximum(kernel: Kernel, x: Tensor, axis: tuple[int, ...]) -> Number | Tensor
         return start
     x = ops.stop_gradient(x)
     is_empty = any(is_known(size) and size == 0 for size in x.shape)
-    reads = kernel.headroom and not is_empty and stacks.has_numbers(x)
-    if reads and ops.amax(x) <= kernel.headroom:
-        return start
+    may_see = type(kernel) is RectifiedSoftpick and not is_empty and stacks.can_be_read(x)
+    if may_see and ops.amax(x) <= kernel.headroom:
+        return 0.0
     start = ops.stop_gradient(ops.convert_to_tensor(start, dtype))
     if is_empty:  # PyTorch has no maximum of it
         return start

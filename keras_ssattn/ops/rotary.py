@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ssattn._checks import check_flag, check_floating, check_number, check_rank, to_int32
 from keras_ssattn._frameworks import constant_like
-from keras_ssattn._tensors import cast, dtype_of, may_be_equal, to_tensor, widen
+from keras_ssattn._tensors import cast, dtype_of, may_be_equal, split, to_tensor, widen
 from keras_ssattn._typing import ArrayLike, Config, DType, Tensor
 from keras_ssattn.ops.sizes import steps
 
@@ -177,12 +177,10 @@ class Rotation:
     def turn(self, x: Tensor) -> Tensor:
         """`x`, `[B, T, H, D]`, with its first R features turned."""
         dtype, x = dtype_of(x), widen(x)
-        size = int(x.shape[-1])  # which in a trace of PyTorch's is a tensor
-        part = math.gcd(self.half, size)
-        parts = ops.split(x, size // part, axis=-1)  # of slices TensorFlow's gradient is slow
-        half = self.half // part
-        parts = [*parts[half : 2 * half], *parts[:half], *parts[2 * half :]]
-        return cast(x * self.cos + ops.concatenate(parts, axis=-1) * self.sin, dtype)
+        sizes, rest = [self.half, self.half], x.shape[-1] - 2 * self.half
+        first, second, *others = split(x, [*sizes, rest] if rest else sizes)
+        swapped = ops.concatenate([second, first, *others], axis=-1)
+        return cast(x * self.cos + swapped * self.sin, dtype)
 
 
 def rotary_embedding(

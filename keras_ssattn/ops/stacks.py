@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import keras
 from keras import ops
-from keras.utils import is_keras_tensor
 
-from keras_ssattn._frameworks import is_compiling, is_transforming
+from keras_ssattn._frameworks import is_compiling, is_plain, is_transforming
 from keras_ssattn._keras.exporting import is_exporting
 from keras_ssattn._tensors import is_known, widen
 from keras_ssattn._typing import DType, Shape, Size, Tensor
@@ -28,11 +27,15 @@ def runs_on_cpu_eagerly(x: Tensor) -> bool:
     return runs_eagerly() and x.device.type == "cpu"
 
 
-def has_numbers(x: Tensor) -> bool:
-    """Whether PyTorch computes `x` now, on a CPU, and for itself: what follows may depend on it."""
+def can_be_read(x: Tensor) -> bool:
+    """Whether what follows may depend on the numbers in `x`.
+
+    So it is where PyTorch computes them on a CPU, and nothing writes down or maps what runs.
+    """
     return (
         runs_eagerly()
-        and not (is_keras_tensor(x) or is_compiling() or is_transforming() or is_exporting())
+        and not (is_compiling() or is_transforming() or is_exporting())
+        and is_plain(x)
         and runs_on_cpu_eagerly(x)
     )
 

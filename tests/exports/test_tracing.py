@@ -5,6 +5,7 @@ import pytest
 from support.exports import LONG, MARKS, SHORT, assert_same
 
 import keras_ssattn
+from keras_ssattn.layers import RotaryEmbedding
 from keras_ssattn.models import CausalLM
 
 pytestmark = [*MARKS, pytest.mark.backend("torch", reason="its traces")]
@@ -40,14 +41,21 @@ def test_tiles_are_not_unrolled_in_export():
     assert nodes(60) == nodes(1024)
 
 
+def build_with_rotary(fraction):
+    rotary = RotaryEmbedding(fraction=fraction)
+    return keras_ssattn.build(8, 8, num_heads=2, num_layers=1, window_size=None, rotary=rotary)
+
+
 @pytest.mark.parametrize(
     ("model", "most"),
     [
         (lambda: keras_ssattn.build(8, 8, num_heads=2, num_layers=1, window_size=None), 2),
+        (lambda: build_with_rotary(1.0), 2),
+        (lambda: build_with_rotary(0.5), 2),
         (lambda: CausalLM(17, 8, 1, 2, padding_id=0, sliding_window=3), 2),
         (lambda: CausalLM(17, 8, 1, 2, normalizer="rectified_softpick"), 2),
     ],
-    ids=["build", "padding", "rectified_softpick"],
+    ids=["build", "rotary", "half of rotary", "padding", "rectified_softpick"],
 )
 def test_compile_makes_few_graphs_for_all_lengths(model, most, rng):
     """Of one length, then of any: two, of a whole model. Keras's own attention makes more."""

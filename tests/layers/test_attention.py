@@ -11,7 +11,7 @@ from support.cases import NAMES, oracle_name
 from support.helpers import relative_error, to_numpy
 
 from keras_ssattn import layers
-from keras_ssattn.layers import FeedForward, MultiHeadAttention
+from keras_ssattn.layers import FeedForward, MultiHeadAttention, projection
 from keras_ssattn.ssmax import EdificeSSMax
 
 BATCH, LENGTH, KEY_LENGTH = 2, 5, 7
@@ -370,6 +370,20 @@ def test_without_training_dropout_needs_no_weights(monkeypatch, data):
     layer(data["query"], data["value"], training=False)
     with pytest.raises(TypeError, match="NoneType"):
         layer(data["query"], data["value"], training=True)
+
+
+@pytest.mark.backend("torch", reason="its autocast")
+def test_autocast_rounds_products_but_not_their_sum_with_the_bias(rng):
+    import torch
+
+    owner = FeedForward(8)
+    x = torch.tensor(rng.normal(size=(2, 3, 4)).astype("float32"))
+    owner(x)
+    owner.up.bias.assign(np.full(8, 100.0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, expected = projection.project(owner, owner.up, x), owner.up(x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.backend("torch", reason="hooks are PyTorch's")

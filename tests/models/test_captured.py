@@ -352,6 +352,37 @@ def test_what_changes_nothing_is_left_out():
     assert names == ["exp", "mul_1", "view_1", "neg", "slice_1", "expand_1", "abs_1"]
 
 
+def test_what_changes_the_order_in_memory_stays():
+    x = torch.randn(2, 4)
+    for function in (
+        lambda x: (x[:, :2] * 1.0).reshape(-1).exp(),
+        lambda x: (x[:, :1].expand(2, 4) * 1.0).reshape(-1).exp(),
+    ):
+        graph, _ = optimized(function, x)
+        assert torch.equal(graph(x), function(x))
+
+
+def test_a_value_is_not_written_over():
+    def function(x, value):
+        return torch.ops.aten.index_put(x, [torch.tensor([1])], value * 1.0), x * 2
+
+    x, value = torch.randn(3, 2), torch.randn(1, 2)
+    expected = function(x, value)
+    graph, _ = optimized(function, x, value, consumed=(1,))
+    for found, each in zip(graph(x, value), expected, strict=True):
+        assert torch.equal(found, each)
+
+
+def test_operations_of_others_are_called_as_they_are():
+    library = torch.library.Library("keras_ssattn_tests", "DEF")
+    library.define("relu(Tensor x) -> Tensor")
+    library.impl("relu", lambda x: x.clamp(min=0) ** 2, "CompositeExplicitAutograd")
+    function, x = torch.ops.keras_ssattn_tests.relu, torch.tensor([3.0, -1.0])
+    graph, names = optimized(lambda x: function(x), x)
+    assert len(names) == 1
+    assert torch.equal(graph(x), function(x))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "bool", "int64"])
 def test_constants_of_any_dtype(dtype):
     dtype = getattr(torch, dtype)

@@ -15,6 +15,7 @@ from support.cases import NAMES
 from support.helpers import compiled, gradients, relative_error, to_numpy
 
 from keras_ssattn import ops, ssmax
+from keras_ssattn.ops import kernels, normalizers
 
 FUNCTIONS = {name: getattr(ops, name) for name in NAMES}
 
@@ -222,7 +223,9 @@ def test_rows_of_rectified_softpick_do_not_depend_on_each_other(start, rng):
 
 
 @pytest.mark.backend("torch", reason="its ways to follow what runs")
-@pytest.mark.parametrize("way", ["jit.trace", "export", "make_fx", "vmap", "compile"])
+@pytest.mark.parametrize(
+    "way", ["jit.trace", "export", "make_fx", "before dispatch", "vmap", "compile"]
+)
 def test_what_follows_small_logits_holds_for_large_ones(way):
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -241,6 +244,8 @@ def test_what_follows_small_logits_holds_for_large_ones(way):
         run = torch.export.export(Module(), (small,), strict=False).module()
     elif way == "make_fx":
         run = make_fx(lambda x: ops.rectified_softpick(x))(small)
+    elif way == "before dispatch":
+        run = make_fx(lambda x: ops.rectified_softpick(x), pre_dispatch=True)(small)
     elif way == "vmap":
         run = torch.func.vmap(ops.rectified_softpick)
     else:
@@ -248,6 +253,47 @@ def test_what_follows_small_logits_holds_for_large_ones(way):
     for x in (small, large):
         expected = oracle.normalize("rectified_softpick", x.numpy())
         np.testing.assert_allclose(run(x).numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.backend("torch", reason="its tensors that stand for others")
+def test_tensors_without_numbers():
+    import torch
+
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    x = mode.from_tensor(torch.ones(2, 3))
+    assert ops.rectified_softpick(x).shape == (2, 3)
+
+
+class Relu(kernels.Kernel):
+    """ReLU attention without a constant, by a kernel of one's own."""
+
+    def values(self, x, m, on):
+        return keras.ops.relu(x), keras.ops.relu(x)
+
+    def constant(self, m):
+        return 0
+
+
+class LateSoftmax(kernels.Softmax):
+    """Softmax whose maximum is kept 30 away."""
+
+    headroom = 30.0
+
+    def values(self, x, m, on):
+        assert len(m.shape) == len(x.shape)
+        return super().values(x, m, on)
+
+
+@pytest.mark.parametrize("mask", [None, [[True, True, True], [False, False, False]]])
+def test_kernels_of_ones_own(mask):
+    x = np.array([[1, 2, -1], [-1, -2, -3]], "float32")
+    seen = np.ones_like(x) if mask is None else np.array(mask)
+    weights = to_numpy(normalizers.apply(Relu(), x, -1, mask))
+    np.testing.assert_allclose(weights, [[1 / 3, 2 / 3, 0], [0, 0, 0]], rtol=1e-6)
+    expected = np.exp(x.astype("float64")) * seen
+    expected /= np.maximum(expected.sum(-1, keepdims=True), 1e-30)
+    weights = to_numpy(normalizers.apply(LateSoftmax(), x, -1, mask))
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 EXTREMES = [[1, -1, 0], [-1, -1, -1], [1, 1, -1], [0, 0, 0], [1, 0.5, 0.25], [-1, 0, -0.5]]

@@ -221,7 +221,7 @@ def test_other_features_pass_through(rng):
     np.testing.assert_allclose(actual[..., :6], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("rotated", [2, 4, 6, 8, 10])
+@pytest.mark.parametrize("rotated", [2, 6, 10])
 def test_gradient_turns_back(rotated, rng):
     """The transpose of a rotation is its inverse."""
     x, cotangent = normal(rng, 1, 4, 2, 10), normal(rng, 1, 4, 2, 10)

@@ -127,7 +127,7 @@ def _fastest(
 
 def _are_many(query: Tensor, key: Tensor) -> bool:
     """Whether weights of all heads no longer fit where PyTorch, on a CPU, works them over."""
-    if not stacks.has_numbers(query):
+    if not stacks.can_be_read(query):
         return False
     batch, length, num_heads = query.shape[:3]
     weights = batch * num_heads * length * key.shape[1]

@@ -58,6 +58,6 @@ class PowersOfTwo(RectifiedSoftpick):
 
 def quick_kernel(kernel: Kernel, query: Tensor) -> PowersOfTwo | None:
     """The quick form of a kernel where there is one."""
-    if not isinstance(kernel, RectifiedSoftpick) or not stacks.has_numbers(query):
+    if not isinstance(kernel, RectifiedSoftpick) or not stacks.can_be_read(query):
         return None
     return PowersOfTwo(kernel.epsilon)
