@@ -249,7 +249,7 @@ def test_what_follows_small_logits_holds_for_large_ones(way):
     elif way == "vmap":
         run = torch.func.vmap(ops.rectified_softpick)
     else:
-        run = torch.compile(ops.rectified_softpick, backend="eager", fullgraph=True)
+        run = torch.compile(ops.rectified_softpick, backend="eager")
     for x in (small, large):
         expected = oracle.normalize("rectified_softpick", x.numpy())
         np.testing.assert_allclose(run(x).numpy(), expected, rtol=1e-6, atol=1e-9)
