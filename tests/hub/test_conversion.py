@@ -126,7 +126,10 @@ def text(lengths=(9, 6), time=9):
 
 
 def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    """Equal but for rounding: KerasHub's Gemma, unconverted, differs from itself on another backend
+    by 2.4e-6 of its largest output."""
+    atol = max(1e-5, 5e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 def generate(model, x):
