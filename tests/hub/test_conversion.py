@@ -126,10 +126,7 @@ def text(lengths=(9, 6), time=9):
 
 
 def assert_close(actual, expected):
-    """Equal but for rounding: KerasHub's Gemma, unconverted, differs from itself on another backend
-    by 2.4e-6 of its largest output."""
-    atol = max(1e-5, 5e-6 * np.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def generate(model, x):
@@ -144,7 +141,8 @@ def test_softmax_gives_the_outputs_of_before(name):
     assert foreign_below(converted) == []
     assert len(converted_below(converted)) == model.backbone.num_layers
     assert isinstance(converted, type(model))
-    assert_close(predict(converted, text()), predict(model, text()))
+    # one by one: what XLA joins of two models it rounds in two ways
+    assert_close(predict(converted, text(), eager=True), predict(model, text(), eager=True))
     assert len(converted.weights) == len(model.weights)
 
 
