@@ -117,6 +117,11 @@ def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
     return getattr(torch, name)(*args, out=out)
 
 
+def keep_where_positive(x: Tensor, y: Tensor) -> None:
+    """Writes 0 over x where y, of the same shape, is 0 or less; by PyTorch, in one pass."""
+    torch.ops.aten.threshold_backward.grad_input(x, y, 0.0, grad_input=x)
+
+
 def linear(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's `x @ kernel + bias` of matrices, in one piece of memory."""
     if bias is None:

@@ -48,10 +48,19 @@ def subtract_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def hide(x: Tensor, visible: Tensor, absent: float) -> Tensor:
-    """`absent` where x is not visible."""
+    """`absent` where x is not visible, `[B|1, K|1, rows, columns]`."""
     if stacks.runs_eagerly():
-        return x.masked_fill_(visible.logical_not(), absent)
+        _apart(x, visible).masked_fill_(visible.logical_not(), absent)
+        return x
     return ops.where(visible, x, absent)
+
+
+def _apart(x: Tensor, visible: Tensor) -> Tensor:
+    """A view of `fold`ed matrices to which a mask broadcasts."""
+    if x.ndim == visible.ndim or visible.ndim < 4:
+        return x
+    batch, heads = visible.shape[:2]
+    return x.view(*((-1, heads) if heads > 1 else (batch, -1)), *x.shape[-2:])
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -69,20 +78,26 @@ def sign(x: Tensor) -> Tensor:
     return x.sign_() if stacks.runs_eagerly() else ops.sign(x)
 
 
+def fold(x: Tensor) -> Tensor:
+    """Stacks of matrices as one stack on PyTorch, whose products are of such."""
+    return x.flatten(0, -3) if stacks.runs_eagerly() and x.ndim > 3 else x
+
+
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `fold`, with the first axes of `like`."""
+    return x.unflatten(0, like.shape[:-2]) if stacks.runs_eagerly() else x
+
+
 def room(x: Tensor, columns: int) -> Tensor:
     """Memory for one `product` after another, with the rows of x; `None` where none is needed."""
     return x.new_empty((*x.shape[:-1], columns)) if stacks.runs_eagerly() else None
 
 
-def product(x: Tensor, y: Tensor, into: Tensor, factor: float = 1.0) -> Tensor:
-    """`x @ y`, for stacks of matrices; what is written over is `into`, of `room`.
-
-    On PyTorch it may be multiplied by a factor, which costs nothing.
-    """
+def product(x: Tensor, y: Tensor, into: Tensor) -> Tensor:
+    """`x @ y`, for stacks of matrices; what is written over is `into`, of `room`."""
     if not stacks.runs_eagerly():
         return x @ y
-    x, y = x.flatten(0, -3), y.flatten(0, -3)
-    into.view(-1, *into.shape[-2:]).baddbmm_(x, y, beta=0, alpha=factor)
+    fold(into).baddbmm_(fold(x), fold(y), beta=0)
     return into
 
 
@@ -90,7 +105,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`total + x @ y`, for stacks of matrices; it is `total`, contiguous, that is written over."""
     if not stacks.runs_eagerly():
         return total + x @ y
-    total.view(-1, *total.shape[-2:]).baddbmm_(x.flatten(0, -3), y.flatten(0, -3))
+    (total if total.ndim == 3 else total.view(-1, *total.shape[-2:])).baddbmm_(fold(x), fold(y))
     return total
 
 

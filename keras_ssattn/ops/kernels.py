@@ -99,6 +99,11 @@ class Kernel:
         """Returns f and g, on `ROWS`, which are differentiated, or on `TILES`."""
         raise NotImplementedError
 
+    def sums(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns f of a tile, and the sum of g over each of its rows; x may not be used again."""
+        f, g = self.values(x, m, TILES)
+        return f, in_place.row_sum(g)
+
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:

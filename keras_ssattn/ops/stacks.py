@@ -100,7 +100,9 @@ def matrices(x: Tensor) -> Tensor | list[Tensor]:
     if not runs_eagerly():
         return x
     x = widen(x)
-    return unstack(x if x.shape[1] == 1 else x.contiguous())  # of one batch, no product copies them
+    if x.shape[1] > 1:  # of one batch, no product copies them
+        x = x.contiguous()
+    return unstack(x.flatten(1, 2))
 
 
 def read(tiles: Tensor | list[Tensor], index: Size) -> Tensor:

@@ -10,6 +10,7 @@ from support.cases import NAMES
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
+from keras_ssattn._tensors import widen
 from keras_ssattn.ops import in_place, kernels, stacks
 from keras_ssattn.ops._attention.tiled import band
 
@@ -87,16 +88,6 @@ def test_a_product_is_written_where_there_is_room(backend, rng):
     np.testing.assert_allclose(to_numpy(found), x @ y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.backend("torch", reason="the others have no use for it")
-def test_a_factor_of_a_product_keeps_what_cancels():
-    """Products of vectors at right angles are exactly 0, whatever the factor is."""
-    x, y = tensor(np.float32([[[[0.3, 0.7]]]])), tensor(np.float32([[[[0.7], [-0.3]]]]))
-    room = in_place.room(x, 1)
-    assert to_numpy(in_place.product(x, y, room, 1.4426950408889634)) == 0
-    found = in_place.product(x, abs(y), room, 1.4426950408889634)
-    np.testing.assert_allclose(to_numpy(found), 0.42 * 1.4426950408889634, rtol=1e-6)
-
-
 def test_what_is_not_visible_is_hidden(backend, rng):
     x, visible = rng.normal(size=(2, 3, 4, 5)).astype("float32"), rng.random((4, 5)) < 0.5
     x[0, 0, 0, 0] = np.nan
@@ -105,6 +96,19 @@ def test_what_is_not_visible_is_hidden(backend, rng):
         found = in_place.hide(given, tensor(visible), absent)
         assert (found is given) == (backend == "torch")
         np.testing.assert_array_equal(to_numpy(found), np.where(visible, x, absent))
+
+
+@pytest.mark.backend("torch", reason="the others fold nothing")
+@pytest.mark.parametrize("shape", [(4, 5), (1, 1, 4, 5), (2, 1, 4, 5), (1, 3, 1, 5), (2, 3, 4, 1)])
+def test_folded_matrices_are_hidden_and_unfolded(shape, rng):
+    x, visible = rng.normal(size=(2, 3, 4, 5)).astype("float32"), rng.random(shape) < 0.5
+    folded = in_place.fold(tensor(x))
+    assert folded.shape == (6, 4, 5)
+    assert in_place.fold(folded) is folded
+    found = in_place.hide(folded, tensor(visible), 0.5)
+    assert found is folded
+    found = to_numpy(in_place.unfold(found, tensor(x)))
+    np.testing.assert_array_equal(found, np.where(visible, x, np.float32(0.5)))
 
 
 def test_a_product_of_entries_is_subtracted(backend, rng):
@@ -169,6 +173,7 @@ def test_attention_that_writes_over_nothing_is_the_same(normalizer, dtype, scale
 
     cotangent = rng.normal(size=(2, 37, 4, 5)).astype("float32")
     results = [(to_numpy(attend(*arrays)), *gradients(attend, arrays, cotangent))]
+    monkeypatch.setattr(stacks, "matrices", lambda x: stacks.unstack(widen(x)))  # not folded
     out_of_place = types.SimpleNamespace(
         add=stacks.add, runs_eagerly=lambda: False, runs_on_cpu_eagerly=lambda x: False
     )

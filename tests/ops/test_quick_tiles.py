@@ -1,4 +1,4 @@
-"""Rectified softpick by powers of two: where it is taken, and that nobody can tell."""
+"""Rectified softpick by e^x less 1: where it is taken, and that nobody can tell."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
 from keras_ssattn.ops._attention.tiled import band, quick
-from keras_ssattn.ops._attention.tiled.quick import PowersOfTwo
+from keras_ssattn.ops._attention.tiled.quick import QuickRectifiedSoftpick
 
 pytestmark = pytest.mark.backend("torch", reason="the others have compilers of their own")
 CASE = {"normalizer": "rectified_softpick", "causal": True, "scale": 0.5}
@@ -16,18 +16,18 @@ CASE = {"normalizer": "rectified_softpick", "causal": True, "scale": 0.5}
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """The tiles of each pass that were computed by powers of two."""
+    """The tiles of each pass that were computed quickly."""
     monkeypatch.setattr(band, "QUERY_TILE", 16)
     monkeypatch.setattr(band, "KEY_TILE", 8)
-    taken = {"values": 0, "gradient": 0}
+    taken = {"sums": 0, "gradient": 0}
     for name in taken:
-        original = getattr(PowersOfTwo, name)
+        original = getattr(QuickRectifiedSoftpick, name)
 
         def spy(*args, name=name, original=original):
             taken[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(PowersOfTwo, name, spy)
+        monkeypatch.setattr(QuickRectifiedSoftpick, name, spy)
     return taken
 
 
@@ -80,7 +80,7 @@ def test_small_and_huge_logits_are_computed_exactly(tiles, scale, rng):
         arrays[:2] = (np.round(x) for x in arrays[:2])
     check(arrays, cotangent, bound=1e-5, scale=scale)
     assert tiles["gradient"] == 0
-    assert tiles["values"] <= 2 * (4 + 6)  # the first two tiles of rows, of two passes
+    assert tiles["sums"] <= 2 * (4 + 6)  # the first two tiles of rows, of two passes
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 100.0, 1e6, 1e12])
@@ -100,7 +100,7 @@ def test_it_would_be_wrong_for_small_logits(tiles, monkeypatch, rng):
     arrays = inputs(rng)[:3]
     expected = oracle.attention(*arrays, CASE["normalizer"], causal=True, scale=1e-6)
     assert relative_error(to_numpy(attend(*arrays, scale=1e-6)), expected) > 1e-2
-    assert tiles["values"]
+    assert tiles["sums"]
 
 
 def test_one_head_of_small_logits_is_right_among_others(rng, tiles):
@@ -111,7 +111,7 @@ def test_one_head_of_small_logits_is_right_among_others(rng, tiles):
     for head in range(2):
         assert relative_error(found[:, 40:, head], expected[:, 40:, head]) < 1e-5
     check(arrays, cotangent, bound=1e-5)
-    assert tiles["values"] > tiles["gradient"] > 0  # the first tiles, and not the last
+    assert tiles["sums"] > tiles["gradient"] > 0  # the first tiles, and not the last
 
 
 def test_what_is_passed_by_is_exactly_zero(rng, tiles):
@@ -123,7 +123,7 @@ def test_what_is_passed_by_is_exactly_zero(rng, tiles):
     found = to_numpy(attend(query, key, value, causal=False))
     value[:, 20:40] = 0
     np.testing.assert_allclose(found, to_numpy(attend(query, key, value, causal=False)), rtol=1e-6)
-    assert tiles["values"]
+    assert tiles["sums"]
 
 
 def test_at_right_angles_the_gradient_is_zero(tiles, rng):
@@ -152,7 +152,7 @@ def test_other_precisions(dtype, rng, tiles):
     found = to_numpy(keras.ops.cast(attend(*arrays), "float64"))
     bound = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float64": 1e-14}[dtype]
     assert relative_error(found, expected) < bound
-    assert tiles["values"]
+    assert tiles["sums"]
 
 
 def test_memory_of_one_pass_is_not_that_of_another(rng):

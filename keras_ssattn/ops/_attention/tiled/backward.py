@@ -73,15 +73,16 @@ def add(
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dqs, sums = stores[0], Sums(*stores[1:])
-        q = stacks.read_once(queries, i) * tiles.scale
-        dn = stacks.read_once(upstreams, i) / totals[i]
+        parts = (stacks.read_once(queries, i), stacks.read_once(upstreams, i), outputs[i])
+        q, dn, output, maximum, total = map(in_place.fold, (*parts, maxima[i], totals[i]))
+        q, dn = q * tiles.scale, dn / total
         tile = QueryTile(
             q,
             in_place.transpose(q),
-            maxima[i],
+            maximum,
             dn,
             in_place.transpose(dn),
-            delta=in_place.row_sum(dn * outputs[i]),
+            delta=in_place.row_sum(dn * output),
         )
         dq = ops.zeros(ops.shape(q), tiles.dtype)
         part = tiles.hurried if residuals.quickly and i in residuals.quickly else tiles
@@ -93,7 +94,7 @@ def add(
                 carry = (dq, sums.keys, sums.values)
                 dq, dks, dvs = stacks.loop(start, stop, step, carry)
                 sums = sums._replace(keys=dks, values=dvs)
-        return stacks.add(dqs, i, dq * tiles.scale), *sums
+        return stacks.add(dqs, i, in_place.unfold(dq * tiles.scale, outputs[i])), *sums
 
     dqs, *found = stacks.loop(0, ops.shape(tiles.queries)[0], over_queries, (dqs, *sums))
     return dqs, Sums(*found)
@@ -159,7 +160,8 @@ def _add_linear(
         return in_place.add_product(signed, sign, k), dks
 
     signed, dks = stacks.loop(*stretch, add, (ops.zeros_like(dq), sums.keys))
-    states = stacks.add_between(sums.states, *stretch, tile.q_transposed @ tile.dn)
-    state = stacks.sum_between(tiles.products, *stretch)
+    product = tile.q_transposed @ tile.dn
+    states = stacks.add_between(sums.states, *stretch, in_place.unfold(product, sums.states[0]))
+    state = in_place.fold(stacks.sum_between(tiles.products, *stretch))
     dq = dq + tile.dn @ in_place.transpose(state) - tile.delta * signed
     return dq, sums._replace(keys=dks, states=states)

@@ -13,7 +13,7 @@ from keras_ssattn.ops.visibility import Visibility, end_of_window
 
 # Positions in a tile, at most, measured on two CPU cores; and the logits of the tiles side by side.
 # PyTorch writes and reads them once for each operation, on a CPU best in a cache.
-QUERY_TILE, KEY_TILE, IN_CACHE = 512, 256, 2**19
+QUERY_TILE, KEY_TILE, IN_CACHE = 512, 256, 2**18
 
 
 class TileSizes(NamedTuple):

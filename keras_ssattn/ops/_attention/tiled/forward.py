@@ -12,7 +12,6 @@ arXiv 2006.16236 (the state of linear attention).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,8 +21,8 @@ from keras_ssattn._tensors import KeptProperty, dtype_of, widen
 from keras_ssattn._typing import DType, Number, Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops._attention.tiled.quick import PowersOfTwo
-from keras_ssattn.ops.kernels import TILES, Kernel
+from keras_ssattn.ops._attention.tiled.quick import QuickRectifiedSoftpick
+from keras_ssattn.ops.kernels import Kernel
 
 
 class Residuals(NamedTuple):
@@ -64,7 +63,6 @@ class Tiles:
         band: which tiles are visited.
         scale: what the queries are multiplied by.
         quick: a quicker kernel, if there is one.
-        unit: what the logits are multiplied by.
     """
 
     queries: Tensor
@@ -73,14 +71,12 @@ class Tiles:
     kernel: Kernel
     band: Band
     scale: Number
-    quick: PowersOfTwo | None = None
-    unit: float = 1.0
+    quick: QuickRectifiedSoftpick | None = None
 
     @KeptProperty
     def hurried(self) -> "Tiles":
         """The same for the quick kernel."""
-        kernel = self.quick or self.kernel
-        tiles = dataclasses.replace(self, kernel=kernel, quick=None, unit=1 / math.log(2))
+        tiles = dataclasses.replace(self, kernel=self.quick or self.kernel, quick=None)
         object.__setattr__(tiles, "pairs", self.pairs)
         return tiles
 
@@ -102,7 +98,7 @@ class Tiles:
 
     @KeptProperty
     def pairs(self) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
-        """Keys and values to `stacks.read`."""
+        """Keys and values to `stacks.read`, folded."""
         return stacks.matrices(self.keys), stacks.matrices(self.values)
 
     @KeptProperty
@@ -113,7 +109,7 @@ class Tiles:
     @KeptProperty
     def rooms(self) -> tuple[Tensor, Tensor]:
         """Where a tile of logits is written, and one of what is multiplied with it."""
-        rows, columns = widen(self.queries[0]), self.keys.shape[3]
+        rows, columns = in_place.fold(widen(self.queries[0])), self.keys.shape[3]
         return in_place.room(rows, columns), in_place.room(rows, columns)
 
     def start(self) -> Rows:
@@ -128,11 +124,14 @@ class Tiles:
         size, length = self.band.sizes.query, self.band.visibility.query_length
         per_key = (total / self.band.num_keys(i)).unflatten(2, (-1, size))
         per_key = per_key[:, :, :, : length - i * size]  # the rest is padding
-        return PowersOfTwo.holds(total, per_key)
+        return QuickRectifiedSoftpick.holds(total, per_key)
 
     def logits(self, q: Tensor, k: Tensor, j: Size, visible: Tensor | None = None) -> Tensor:
-        """A tile of logits; those of keys that are not seen are what the kernel ignores."""
-        x = in_place.product(q, in_place.transpose(k), self.rooms[0], self.unit)
+        """A tile of logits; those of keys that are not seen are what the kernel ignores.
+
+        It is folded, like everything that is computed of a tile.
+        """
+        x = in_place.product(q, in_place.transpose(k), self.rooms[0])
         if self.band.key_mask is not None:
             x = in_place.hide(x, self.band.key_mask[j], self.kernel.absent)
         if visible is not None:
@@ -160,14 +159,15 @@ def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
     kernel, queries, (keys, values) = tiles.kernel, stacks.unstack(tiles.queries), tiles.pairs
 
     def add(i: Size, rows: Rows) -> Rows:
-        q = stacks.read_once(queries, i) * tiles.scale
+        q = in_place.fold(stacks.read_once(queries, i)) * tiles.scale
+        like, rows = rows, Rows(*map(in_place.fold, rows))
         for first, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
                 rows = _add_linear(tiles, rows, q, keys, (first, stop))
             else:
                 step = _adder(tiles, q, keys, values, i, cut)
                 rows = Rows(*stacks.loop(first, stop, step, tuple(rows)))
-        return rows
+        return Rows(*map(in_place.unfold, rows, like))
 
     return add
 
@@ -219,8 +219,8 @@ def _adder(
             m = higher
             total *= shrink
             out *= shrink
-        f, g = kernel.values(x, m, TILES)
-        total += in_place.row_sum(g)
+        f, added = kernel.sums(x, m)
+        total += added
         return m, total, in_place.add_product(out, f, stacks.read(values, j))
 
     return add
@@ -237,5 +237,5 @@ def _add_linear(
         return total
 
     total = stacks.loop(*stretch, add, rows.total)
-    state = stacks.sum_between(tiles.products, *stretch)
+    state = in_place.fold(stacks.sum_between(tiles.products, *stretch))
     return Rows(rows.maximum, total, rows.output + q @ state)
