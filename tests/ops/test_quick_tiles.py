@@ -1,4 +1,4 @@
-"""Rectified softpick by e^x less 1: where it is taken, and that nobody can tell."""
+"""Rectified softpick in fewer passes: where each way is taken, and that nobody can tell."""
 
 import keras
 import numpy as np
@@ -8,27 +8,35 @@ from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
 from keras_ssattn.ops._attention.tiled import band, quick
-from keras_ssattn.ops._attention.tiled.quick import QuickRectifiedSoftpick
+from keras_ssattn.ops._attention.tiled.quick import Quick, Unshifted
+from keras_ssattn.ops.kernels import RectifiedSoftpick
 
 pytestmark = pytest.mark.backend("torch", reason="the others have compilers of their own")
 CASE = {"normalizer": "rectified_softpick", "causal": True, "scale": 0.5}
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    """The tiles of each pass that were computed quickly."""
+def ways(monkeypatch):
+    """The tiles of each pass that each way computed; in the backward pass only the one taken."""
     monkeypatch.setattr(band, "QUERY_TILE", 16)
     monkeypatch.setattr(band, "KEY_TILE", 8)
-    taken = {"sums": 0, "gradient": 0}
-    for name in taken:
-        original = getattr(QuickRectifiedSoftpick, name)
+    taken = {cls: {"sums": 0, "gradient": 0} for cls in (Quick, Unshifted, RectifiedSoftpick)}
+    for owner in (Unshifted, RectifiedSoftpick):
+        for name in taken[owner]:
+            original = getattr(owner, name)
 
-        def spy(*args, name=name, original=original):
-            taken[name] += 1
-            return original(*args)
+            def spy(self, *args, name=name, original=original):
+                taken[type(self)][name] += 1
+                return original(self, *args)
 
-        monkeypatch.setattr(QuickRectifiedSoftpick, name, spy)
+            monkeypatch.setattr(owner, name, spy)
     return taken
+
+
+@pytest.fixture
+def tiles(ways):
+    """The tiles of each pass that were computed by e^x less 1."""
+    return ways[Quick]
 
 
 def inputs(rng, length=70, heads=2, kv_heads=2, size=4):
@@ -74,13 +82,54 @@ def test_usual_logits_take_it_and_are_right(tiles, heads, case, rng):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-2, 15.0])
-def test_small_and_huge_logits_are_computed_exactly(tiles, scale, rng):
+def test_small_and_huge_logits_are_computed_exactly(tiles, ways, scale, rng):
     *arrays, cotangent = inputs(rng)
     if scale == 15.0:  # none near to 0, where the gradient jumps
         arrays[:2] = (np.round(x) for x in arrays[:2])
     check(arrays, cotangent, bound=1e-5, scale=scale)
     assert tiles["gradient"] == 0
     assert tiles["sums"] <= 2 * (4 + 6)  # the first two tiles of rows, of two passes
+    other = RectifiedSoftpick if scale == 15.0 else Unshifted
+    assert ways[other]["gradient"] >= 10
+    if scale != 15.0:
+        assert ways[RectifiedSoftpick]["sums"] == 0
+
+
+PADDED = {  # of 160 keys
+    "right": {"key_mask": np.arange(160) < np.array([[160], [18]])},
+    "left": {"key_mask": np.arange(160) >= np.array([[0], [130]])},
+    "segments": {"segment_ids": (np.tile(np.arange(160) // 80, (2, 1)),) * 2},
+    "rows": {"query_offset": np.array([0, 40])},
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_does_not_make_it_slow(ways, case, causal, rng):
+    """Z is compared with the keys that a row sees, not with all that there are."""
+    *arrays, cotangent = inputs(rng, length=160)
+    check(arrays, cotangent, bound=1e-5, **PADDED[case], causal=causal)
+    assert ways[Quick]["gradient"] > ways[Unshifted]["gradient"]
+    assert ways[RectifiedSoftpick]["sums"] == 0
+
+
+@pytest.mark.parametrize("logit", [29.5, 31.0])
+def test_only_logits_beyond_the_headroom_need_a_maximum(ways, logit, rng):
+    """One such logit, in the last tile of rows, and its own maximum for that tile alone."""
+    *arrays, cotangent = inputs(rng, heads=1, kv_heads=1)
+    arrays[1] = np.clip(arrays[1], -0.8, 0.8)
+    arrays[0][:, 69, 0], arrays[1][:, 3, 0] = np.eye(4)[0] * 2 * logit, np.eye(4)[0]
+    check(arrays, cotangent, bound=1e-5)
+    assert (ways[RectifiedSoftpick]["gradient"] > 0) == (logit > 30)
+    assert ways[Quick]["gradient"] > 0
+
+
+def test_rows_of_few_keys_are_not_tried_in_vain(ways, rng):
+    """In a window of less than 16 keys their logits may all be near 0."""
+    *arrays, cotangent = inputs(rng)
+    check(arrays, cotangent, bound=1e-5, window=9)
+    assert ways[Quick]["sums"] == 0
+    assert ways[Unshifted]["gradient"] > 10
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 100.0, 1e6, 1e12])

@@ -1,11 +1,12 @@
 """Which tiles of keys a tile of queries sees: whole, in part, or not at all."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 from keras import ops
 
-from keras_ssattn._tensors import cast, is_known
+from keras_ssattn._tensors import KeptProperty, cast, is_known
 from keras_ssattn._typing import Size, Tensor
 from keras_ssattn.ops import stacks
 from keras_ssattn.ops.kernels import Kernel
@@ -50,8 +51,8 @@ class Band:
         sizes: of the tiles.
         group_size: G, query heads that share a key head; they are rows of one tile.
         num_kv_heads: K.
-        kernel: of the normalizer. One that ignores keys of zeros needs no mask for the padding
-            of the last tile.
+        kernel: of the normalizer. One that ignores keys of zeros needs no mask for padding, for
+            which zeros are put first.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Band:
         self.key_length = None if fills or kernel.absent == 0 else length
         self.mask: Tensor = _mask_by_group(visibility, sizes, group_size, num_kv_heads)
         self.key_mask = self.segments = None
-        if visibility.key_mask is not None:
+        if visibility.key_mask is not None and kernel.absent != 0:
             self.key_mask = stacks.unstack(stacks.split_vector(visibility.key_mask, sizes.key))
         if visibility.segments is not None:
             rows = stacks.split_vector(visibility.segments[0], sizes.query)
@@ -109,15 +110,17 @@ class Band:
         stretches = [(start, whole, True), (whole, end, False), (end, stop, True)]
         return [x for x in stretches if not _is_empty(*x[:2])]
 
-    def num_keys(self, i: Size) -> Tensor:
-        """Keys that each row of tile i of the queries sees, at most, `[..., rows, 1]`."""
-        position = self.rows + (i * self.sizes.query + self.offset)
-        end, start = self.visibility.key_length, 0
-        if self.causal:
-            end = ops.clip(position + 1, 0, end)
-        if self.window is not None:
-            start = ops.clip(position - self.window + 1, 0, end)
-        return end - start + ops.zeros_like(position)
+    @KeptProperty
+    def counts(self) -> Tensor | list[Tensor]:
+        """How many keys each row of a tile of queries sees, at most, `[B|1, 1, rows, 1]` each.
+
+        A `mask` is left out, in which they would be counted for long; padding sees none.
+        """
+        seen = dataclasses.replace(self.visibility, mask=None)
+        count = ops.swapaxes(seen.count, 1, 2)  # [B|1, T|1, 1]
+        count = ops.broadcast_to(count, (ops.shape(count)[0], seen.query_length, 1))
+        stack = stacks.split(ops.expand_dims(count, 3), self.sizes.query)
+        return stacks.unstack(ops.tile(stack, (1, 1, 1, self.group_size, 1)))
 
     def _seen(self, first: Size, last: Size) -> tuple[Size, Size]:
         """The tiles of which anything is seen."""

@@ -12,7 +12,7 @@ arXiv 2006.16236 (the state of linear attention).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from keras import ops
@@ -21,7 +21,7 @@ from keras_ssattn._tensors import KeptProperty, dtype_of, widen
 from keras_ssattn._typing import DType, Number, Shape, Size, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops._attention.tiled.band import Band
-from keras_ssattn.ops._attention.tiled.quick import QuickRectifiedSoftpick
+from keras_ssattn.ops._attention.tiled.quick import Unshifted
 from keras_ssattn.ops.kernels import Kernel
 
 
@@ -34,13 +34,13 @@ class Residuals(NamedTuple):
     outputs: Tensor
     maxima: Tensor
     totals: Tensor
-    quickly: frozenset[int]
+    ways: Mapping[int, int]
 
     @classmethod
-    def of(cls, tiles: "Tiles", rows: "Rows", quickly: frozenset[int] = frozenset()) -> "Residuals":
-        """Of the sums of all tiles of queries, of which some were computed quickly."""
+    def of(cls, tiles: "Tiles", rows: "Rows", ways: Mapping[int, int]) -> "Residuals":
+        """Of the sums of all tiles of queries, and which of `Tiles.ways` served a tile, if any."""
         inputs = tiles.queries, tiles.keys, tiles.values
-        return cls(*inputs, rows.output, rows.maximum, rows.total, quickly)
+        return cls(*inputs, rows.output, rows.maximum, rows.total, ways)
 
 
 class Rows(NamedTuple):
@@ -62,7 +62,7 @@ class Tiles:
         kernel: of the normalizer.
         band: which tiles are visited.
         scale: what the queries are multiplied by.
-        quick: a quicker kernel, if there is one.
+        quick: quicker kernels, if there are any, the quickest first.
     """
 
     queries: Tensor
@@ -71,14 +71,15 @@ class Tiles:
     kernel: Kernel
     band: Band
     scale: Number
-    quick: QuickRectifiedSoftpick | None = None
+    quick: tuple[Unshifted, ...] = ()
 
     @KeptProperty
-    def hurried(self) -> "Tiles":
-        """The same for the quick kernel."""
-        tiles = dataclasses.replace(self, kernel=self.quick or self.kernel, quick=None)
-        object.__setattr__(tiles, "pairs", self.pairs)
-        return tiles
+    def ways(self) -> tuple["Tiles", ...]:
+        """The same for each quick kernel."""
+        ways = tuple(dataclasses.replace(self, kernel=x, quick=()) for x in self.quick)
+        for tiles in ways:
+            object.__setattr__(tiles, "pairs", self.pairs)
+        return ways
 
     @property
     def dtype(self) -> DType:
@@ -119,13 +120,6 @@ class Tiles:
         zeros = (ops.zeros(x, self.dtype) for x in (shape, out_shape))
         return Rows(ops.broadcast_to(start, shape), *zeros)
 
-    def holds(self, i: int, total: Tensor) -> bool:
-        """Whether the quick kernel is exact enough for tile i of the queries, with these sums."""
-        size, length = self.band.sizes.query, self.band.visibility.query_length
-        per_key = (total / self.band.num_keys(i)).unflatten(2, (-1, size))
-        per_key = per_key[:, :, :, : length - i * size]  # the rest is padding
-        return QuickRectifiedSoftpick.holds(total, per_key)
-
     def logits(self, q: Tensor, k: Tensor, j: Size, visible: Tensor | None = None) -> Tensor:
         """A tile of logits; those of keys that are not seen are what the kernel ignores.
 
@@ -142,8 +136,8 @@ class Tiles:
 def run(tiles: Tiles) -> Residuals:
     """Attention over all tiles; the outputs are among the residuals."""
     count = ops.shape(tiles.queries)[0]
-    quickly: set[int] = set()
-    add = adder(tiles) if tiles.quick is None else _quick_adder(tiles, quickly)
+    ways: dict[int, int] = {}
+    add = _quick_adder(tiles, ways) if tiles.quick else adder(tiles)
 
     def over_queries(i: Size, stores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = finish(add(i, tiles.start()), tiles.kernel)
@@ -151,7 +145,7 @@ def run(tiles: Tiles) -> Residuals:
 
     stores = tuple(stacks.empty(count, x, tiles.dtype) for x in tiles.row_shapes)
     rows = Rows(*stacks.loop(0, count, over_queries, stores))
-    return Residuals.of(tiles, rows, frozenset(quickly))
+    return Residuals.of(tiles, rows, ways)
 
 
 def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
@@ -172,23 +166,23 @@ def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
     return add
 
 
-def _quick_adder(tiles: Tiles, quickly: set[int]) -> Callable[[Size, Rows], Rows]:
-    """`adder`, by the quick kernel where it is exact enough: failing twice, it is not tried again.
+def _quick_adder(tiles: Tiles, ways: dict[int, int]) -> Callable[[Size, Rows], Rows]:
+    """`adder`, by the first quick kernel that holds: failing twice, one is not tried again.
 
-    Nor is it where no key is seen by all rows: the first of them see few. `quickly` gets every i of
-    a tile that it served.
+    `ways` gets the place of the kernel that served tile i.
     """
-    exact, quick, tries = adder(tiles), adder(tiles.hurried), 2
+    add_last, adders = adder(tiles), [adder(x) for x in tiles.ways]
+    tries, counts = [2] * len(adders), tiles.band.counts
 
     def add(i: Size, rows: Rows) -> Rows:
-        nonlocal tries
-        if tries and not all(cut for *_, cut in tiles.band.ranges(i)):
-            found = quick(i, tiles.start())
-            if tiles.holds(i, found.total):
-                quickly.add(i)
-                return found
-            tries -= 1
-        return exact(i, rows)
+        for way, kernel in enumerate(tiles.quick):
+            if tries[way] and kernel.may_hold(counts[i]):
+                found = adders[way](i, tiles.start())
+                if kernel.holds(found.total, counts[i]):
+                    ways[i] = way
+                    return found
+                tries[way] -= 1
+        return add_last(i, rows)
 
     return add
 

@@ -16,7 +16,7 @@ from keras_ssattn.ops import stacks
 from keras_ssattn.ops._attention.tiled import backward, devices, forward
 from keras_ssattn.ops._attention.tiled.band import Band, TileSizes
 from keras_ssattn.ops._attention.tiled.forward import Tiles
-from keras_ssattn.ops._attention.tiled.quick import quick_kernel
+from keras_ssattn.ops._attention.tiled.quick import quick_kernels
 from keras_ssattn.ops._attention.tiled.ring import Ring
 from keras_ssattn.ops.kernels import Kernel
 from keras_ssattn.ops.visibility import Visibility
@@ -41,7 +41,8 @@ def attention(
     if key_mask is not None and kernel.absent == 0:
         # a key of zeros has the logit 0, which such a kernel ignores
         key = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key))
-        visibility = dataclasses.replace(visibility, key_mask=None)
+        if not stacks.can_be_read(query):  # where the mask is used for `Band.counts` alone
+            visibility = dataclasses.replace(visibility, key_mask=None)
     if query.shape[-1] == 1:  # XLA would round a product of one number twice, and never alike
         query, key = (ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in (query, key))
     if not isinstance(factor, (int, float)):
@@ -137,7 +138,7 @@ class _Layout:
 
     def of(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tiles:
         """Stacks with what belongs to them."""
-        quick = quick_kernel(self.kernel, queries)
+        quick = quick_kernels(self.kernel, queries)
         scale = self.factor * self.kernel.prescale
         return Tiles(queries, keys, values, self.kernel, self.band, scale, quick)
 

@@ -1,12 +1,14 @@
-"""Rectified softpick by e^x less 1: quicker where PyTorch computes on a CPU, and less exact.
+"""Rectified softpick in fewer passes over a tile, where PyTorch computes on a CPU.
 
-There an e^x - 1 that is exact near 0 takes several times as long as e^x, and more than the products
-of a tile. As e^x less 1, d is off by 2^-22 max(e^x, 1) at most. If Z is at least 1/8 for each of n
-keys, the output is off by 18 x 2^-22 of the greatest value from that; measured, with logits up to
-26, all errors together were those of dense attention in float32. That is of the values, not of the
-output, which is small where nearly all logits are negative. A tile of rows is looked at once it is
-computed; where Z is smaller, it is computed again, exactly. Weights of logits up to 0 are exactly
-0, here too.
+As long as no logit passes the headroom, m is 0: `Unshifted` is exact without the maximum of a row.
+
+An e^x - 1 that is exact near 0 takes several times as long as e^x there. As e^x less 1, d is off by
+2^-22 max(e^x, 1) at most: `Quick`. If Z is at least 1/8 for each of n keys, the output is off by
+18 x 2^-22 of the greatest value from that; measured, with logits up to 26, all errors together were
+those of dense attention in float32. That is of the values, not of the output, which is small where
+nearly all logits are negative. Weights of logits up to 0 are exactly 0, here too.
+
+A tile of rows is looked at once it is computed, and is computed again where this does not hold.
 """
 
 import dataclasses
@@ -18,22 +20,26 @@ from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops.kernels import Kernel, RectifiedSoftpick
 
 LEAST, MOST = 2.0**-3, 2.0**43  # of Z: for each key, and in all (e^30, the headroom)
+FEW = 16  # keys, whose logits may all be near 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuickRectifiedSoftpick(RectifiedSoftpick):
-    """`RectifiedSoftpick` of tiles with m = 0 and d = e^x less 1."""
+class Unshifted(RectifiedSoftpick):
+    """`RectifiedSoftpick` of tiles with m = 0."""
 
     headroom = None
 
-    @staticmethod
-    def holds(total: Tensor, total_per_key: Tensor) -> bool:
-        """Whether rows of such sums are exact enough, and no logit has passed the headroom."""
-        return bool(total_per_key.amin() >= LEAST and total.amax() <= MOST)
+    def may_hold(self, counts: Tensor) -> bool:
+        """Whether rows that see so many keys are worth a try."""
+        return True
+
+    def holds(self, total: Tensor, counts: Tensor) -> bool:
+        """Whether no logit has passed the headroom, in rows of such sums over so many keys."""
+        return bool(total.amax() <= MOST)
 
     def sums(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """With |d| = 2 max(d, 0) - d, for which nothing but the sums of f and d is needed."""
-        d = x.exp_().sub_(self._kept("one", x, ()))
+        d = self._difference(x)
         total = in_place.row_sum(d)
         f = d.relu_()
         return f, in_place.row_sum(f).mul_(2).sub_(total)
@@ -41,15 +47,23 @@ class QuickRectifiedSoftpick(RectifiedSoftpick):
     def gradient(
         self, x: Tensor, m: Tensor, upstream: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """With dx = (dN . v where s > 0, else 0, - delta) s e^x, s the sign of x."""
+        """With dx = s e^x ((dN . v where s > 0, else 0) - delta), s the sign of x."""
         s = write_over(self._kept("s", x, x.shape), "sign", x)
-        x.exp_()
-        s *= x
-        f = x.sub_(self._kept("one", x, ())).relu_()
+        f = self._difference_and_slope(x, s).relu_()
         keep_where_positive(upstream, s)
         upstream -= delta
         upstream *= s
         return f, upstream
+
+    def _difference(self, x: Tensor) -> Tensor:
+        """Writes d = e^x - 1 over x."""
+        return in_place.expm1(x)
+
+    def _difference_and_slope(self, x: Tensor, s: Tensor) -> Tensor:
+        """Writes d over x, and s e^x over s."""
+        d, e = in_place.expm1_and_exp(x)
+        s *= e
+        return d
 
     @functools.cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -62,8 +76,25 @@ class QuickRectifiedSoftpick(RectifiedSoftpick):
         return self._tensors[name]
 
 
-def quick_kernel(kernel: Kernel, query: Tensor) -> QuickRectifiedSoftpick | None:
-    """The quick form of a kernel where there is one."""
+class Quick(Unshifted):
+    """The same with d = e^x less 1."""
+
+    def may_hold(self, counts: Tensor) -> bool:
+        return not bool(((counts > 0) & (counts < FEW)).any())
+
+    def holds(self, total: Tensor, counts: Tensor) -> bool:
+        return bool((total >= LEAST * counts).all()) and super().holds(total, counts)
+
+    def _difference(self, x: Tensor) -> Tensor:
+        return x.exp_().sub_(self._kept("one", x, ()))
+
+    def _difference_and_slope(self, x: Tensor, s: Tensor) -> Tensor:
+        s *= x.exp_()
+        return x.sub_(self._kept("one", x, ()))
+
+
+def quick_kernels(kernel: Kernel, query: Tensor) -> tuple[Unshifted, ...]:
+    """The quicker forms of a kernel, the quickest first; none where there are none."""
     if not isinstance(kernel, RectifiedSoftpick) or not stacks.can_be_read(query):
-        return None
-    return QuickRectifiedSoftpick(kernel.epsilon)
+        return ()
+    return Quick(kernel.epsilon), Unshifted(kernel.epsilon)

@@ -59,7 +59,7 @@ class Ring:
 
         start = tuple(ops.broadcast_to(x, (count, *x.shape)) for x in tiles.start())
         _, stores = self._go_round(tiles.band.visibility, add, _hold(tiles), start)
-        return Residuals.of(tiles, forward.finish(Rows(*stores), tiles.kernel))
+        return Residuals.of(tiles, forward.finish(Rows(*stores), tiles.kernel), {})
 
     def backward(self, residuals: Residuals, upstream: Tensor, tiles: Tiles) -> Gradients:
         """`backward.run`; the gradients of keys and values are those of the device's own."""
