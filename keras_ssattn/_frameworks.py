@@ -22,6 +22,7 @@ if keras.backend.backend() == "torch":
     from torch.utils import _pytree as pytree
 
 LARGEST_CONSTANT = 2**20  # entries
+LONG, WIDE = 2**11, 2**9  # queries, and their features: copies by head pay, on two CPU cores
 TRACING = threading.Lock()  # a trace changes PyTorch's modules while it lasts
 # Of these PyTorch has functions of the same arguments, which it calls in half the time that one of
 # `torch.ops` takes.
@@ -173,13 +174,28 @@ def fused_attention(
 ) -> Tensor:
     """PyTorch's own attention, of `[B, T, H, D]`, which reads keys and values where they lie.
 
-    Keras's function copies them first: in a step of decoding the whole cache.
+    Keras's function copies them first: in a step of decoding the whole cache. That each head lies
+    in one piece is worth a copy where many queries read it on a CPU.
     """
+    is_long = _is_long(query)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if is_long:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=causal, scale=scale
     )
     return out.transpose(1, 2)
+
+
+def _is_long(query: Tensor) -> bool:
+    """Whether many queries, with many features in all, are computed at once on a CPU.
+
+    PyTorch's traces have no numbers for sizes, or would keep those that they are compared with.
+    """
+    _, length, heads, size = query.shape
+    if is_compiling() or query.device.type != "cpu" or not isinstance(length, int):
+        return False
+    return length >= LONG and heads * size >= WIDE
 
 
 def cudnn_attention(

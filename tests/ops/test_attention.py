@@ -390,3 +390,28 @@ def test_empty_inputs(shape, implementation):
     kv = np.ones((batch, key_length, 2, 3), "float32")
     out = ops.attention(q, kv, kv, "ssmax", causal=True, implementation=implementation)
     np.testing.assert_array_equal(to_numpy(out), np.zeros((batch, length, 4, 3)))
+
+
+@pytest.mark.backend("torch", reason="the others have no fused kernel on a CPU")
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize(
+    ("length", "size", "copied"), [(2048, 64, True), (2047, 64, False), (2048, 32, False)]
+)
+def test_many_wide_queries_are_copied_by_head(length, size, copied, kv_heads, monkeypatch, rng):
+    """There the fused kernel reads them faster than where they lie; elsewhere a copy costs more."""
+    import torch
+
+    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args, **options):
+        seen.extend(x.is_contiguous() for x in args)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    shapes = [(1, length, 8, size)] + 2 * [(1, length, kv_heads, size)]
+    arrays = [rng.normal(size=shape).astype("float32") for shape in shapes]
+    attend = functools.partial(ops.attention, normalizer="ssmax", causal=True)
+    out = attend(*arrays, implementation="fused")
+    assert seen == [copied] * 3
+    last = attend(arrays[0][:, -1:], *arrays[1:], query_offset=length - 1, implementation="dense")
+    assert relative_error(to_numpy(out)[:, -1:], to_numpy(last)) < 1e-5
