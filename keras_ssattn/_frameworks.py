@@ -22,7 +22,6 @@ if keras.backend.backend() == "torch":
     from torch.utils import _pytree as pytree
 
 LARGEST_CONSTANT = 2**20  # entries
-LONG, WIDE = 2**11, 2**9  # queries, and their features: copies by head pay, on two CPU cores
 TRACING = threading.Lock()  # a trace changes PyTorch's modules while it lasts
 # Of these PyTorch has functions of the same arguments, which it calls in half the time that one of
 # `torch.ops` takes.
@@ -119,7 +118,7 @@ def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
 
 
 def keep_where_positive(x: Tensor, y: Tensor) -> None:
-    """Writes 0 over x where y, of the same shape, is 0 or less; by PyTorch, in one pass."""
+    """Writes 0 over x where y, of the same shape, is 0 or less; on PyTorch, in one pass."""
     torch.ops.aten.threshold_backward.grad_input(x, y, 0.0, grad_input=x)
 
 
@@ -174,28 +173,13 @@ def fused_attention(
 ) -> Tensor:
     """PyTorch's own attention, of `[B, T, H, D]`, which reads keys and values where they lie.
 
-    Keras's function copies them first: in a step of decoding the whole cache. That each head lies
-    in one piece is worth a copy where many queries read it on a CPU.
+    Keras's function copies them first: in a step of decoding the whole cache.
     """
-    is_long = _is_long(query)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if is_long:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=causal, scale=scale
     )
     return out.transpose(1, 2)
-
-
-def _is_long(query: Tensor) -> bool:
-    """Whether many queries, with many features in all, are computed at once on a CPU.
-
-    PyTorch's traces have no numbers for sizes, or would keep those that they are compared with.
-    """
-    _, length, heads, size = query.shape
-    if is_compiling() or query.device.type != "cpu" or not isinstance(length, int):
-        return False
-    return length >= LONG and heads * size >= WIDE
 
 
 def cudnn_attention(
@@ -424,7 +408,8 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
             key = (node.target, repr(node.args), repr(node.kwargs))
             value = _value(module, node, values)
             if value is not None:
-                key = (value.dtype, value.device, value.shape, _bytes(value))
+                entries = value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+                key = (value.dtype, value.device, value.shape, entries)
                 if key not in first:
                     name = f"_value_{len(values)}"
                     module.register_buffer(name, value)
@@ -452,10 +437,6 @@ def optimize(module: torch.fx.GraphModule, consumed: Iterable[int] = ()) -> None
         elif node.op == "get_attr":  # found at once, and not among a module's own parameters
             vars(module)[node.target] = getattr(module, node.target)
     module.recompile()
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _changes_nothing(node: Node) -> bool:

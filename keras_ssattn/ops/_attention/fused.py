@@ -2,12 +2,15 @@
 
 from keras import ops
 
-from keras_ssattn._frameworks import fused_attention
+from keras_ssattn._frameworks import fused_attention, is_compiling
 from keras_ssattn._tensors import cast, dtype_of, is_known, widen
 from keras_ssattn._typing import DType, Number, Tensor
+from keras_ssattn.ops import stacks
 from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
 from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.visibility import Visibility, as_bias
+
+LONG, WIDE = 2**11, 2**9  # queries, and their features in all, measured on two CPU cores
 
 
 def is_available(kernel: Kernel, dtypes: list[DType]) -> bool:
@@ -82,10 +85,28 @@ def _fused(
     flash: bool,
 ) -> Tensor:
     if not flash:
+        if _is_long(query):
+            query, key, value = (_by_head(x) for x in (query, key, value))
         return fused_attention(query, key, value, bias, scale, causal)
     return ops.dot_product_attention(
         query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=True
     )
+
+
+def _is_long(query: Tensor) -> bool:
+    """Whether so many queries read keys and values on a CPU that it pays to copy them by head.
+
+    PyTorch's traces have no numbers for sizes, or would keep those that they are compared with.
+    """
+    _, length, num_heads, size = query.shape
+    if is_compiling() or not (is_known(length) and stacks.runs_on_cpu_eagerly(query)):
+        return False
+    return length >= LONG and num_heads * size >= WIDE
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """`[B, T, H, D]`, of which each head lies in one piece."""
+    return ops.swapaxes(ops.swapaxes(x, 1, 2).contiguous(), 1, 2)
 
 
 def _with_first(visibility: Visibility) -> tuple[Tensor, Tensor]:
