@@ -118,7 +118,7 @@ def write_over(out: Tensor, name: str, *args: Tensor | Number) -> Tensor:
 
 
 def keep_where_positive(x: Tensor, y: Tensor) -> None:
-    """Writes 0 over x where y, of the same shape, is 0 or less; on PyTorch, in one pass."""
+    """Writes 0 over x where y is 0 or less, and not NaN; on PyTorch, in one pass."""
     torch.ops.aten.threshold_backward.grad_input(x, y, 0.0, grad_input=x)
 
 

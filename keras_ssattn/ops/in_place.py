@@ -88,6 +88,11 @@ def unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(0, like.shape[:-2]) if stacks.runs_eagerly() else x
 
 
+def _folded_to_write(x: Tensor) -> Tensor:
+    """The same in the memory of `x`, or an error."""
+    return x if x.ndim == 3 else x.view(-1, *x.shape[-2:])
+
+
 def room(x: Tensor, columns: int) -> Tensor:
     """Memory for one `product` after another, with the rows of x; `None` where none is needed."""
     return x.new_empty((*x.shape[:-1], columns)) if stacks.runs_eagerly() else None
@@ -97,7 +102,7 @@ def product(x: Tensor, y: Tensor, into: Tensor) -> Tensor:
     """`x @ y`, for stacks of matrices; what is written over is `into`, of `room`."""
     if not stacks.runs_eagerly():
         return x @ y
-    fold(into).baddbmm_(fold(x), fold(y), beta=0)
+    _folded_to_write(into).baddbmm_(fold(x), fold(y), beta=0)
     return into
 
 
@@ -105,7 +110,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`total + x @ y`, for stacks of matrices; it is `total`, contiguous, that is written over."""
     if not stacks.runs_eagerly():
         return total + x @ y
-    (total if total.ndim == 3 else total.view(-1, *total.shape[-2:])).baddbmm_(fold(x), fold(y))
+    _folded_to_write(total).baddbmm_(fold(x), fold(y))
     return total
 
 

@@ -10,6 +10,7 @@ from support.cases import NAMES
 from support.helpers import gradients, relative_error, to_numpy
 
 from keras_ssattn import ops
+from keras_ssattn._frameworks import keep_where_positive
 from keras_ssattn._tensors import widen
 from keras_ssattn.ops import in_place, kernels, stacks
 from keras_ssattn.ops._attention.tiled import band
@@ -109,6 +110,24 @@ def test_folded_matrices_are_hidden_and_unfolded(shape, rng):
     assert found is folded
     found = to_numpy(in_place.unfold(found, tensor(x)))
     np.testing.assert_array_equal(found, np.where(visible, x, np.float32(0.5)))
+
+
+@pytest.mark.backend("torch", reason="the others have no such function")
+def test_what_is_kept_where_another_is_positive():
+    x = tensor(np.float32([1.0, -2.0, np.nan, 4.0, 5.0, np.nan]))
+    keep_where_positive(x, tensor(np.float32([2.0, -1.0, 0.0, -0.0, np.nan, 1.0])))
+    np.testing.assert_array_equal(to_numpy(x), np.float32([1.0, 0.0, 0.0, 0.0, 5.0, np.nan]))
+
+
+@pytest.mark.backend("torch", reason="the others write over nothing")
+def test_what_cannot_be_written_over_is_refused():
+    """A product in memory that does not fold would be lost."""
+    x = keras.ops.ones((2, 3, 4, 5))
+    into = keras.ops.swapaxes(keras.ops.zeros((3, 2, 4, 4)), 0, 1)
+    with pytest.raises(RuntimeError, match="view"):
+        in_place.product(x, in_place.transpose(x), into)
+    with pytest.raises(RuntimeError, match="view"):
+        in_place.add_product(into, x, in_place.transpose(x))
 
 
 def test_a_product_of_entries_is_subtracted(backend, rng):

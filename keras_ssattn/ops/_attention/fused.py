@@ -10,7 +10,9 @@ from keras_ssattn.ops.kernels import Kernel, SinkSoftmax, Softmax
 from keras_ssattn.ops.sizes import steps
 from keras_ssattn.ops.visibility import Visibility, as_bias
 
-LONG, WIDE = 2**11, 2**9  # queries, and their features in all, measured on two CPU cores
+# Copies of keys and values pay from so many queries on, and features of a position in all heads:
+# measured on two CPU cores.
+LONG, WIDE = 2**11, 2**9
 
 
 def is_available(kernel: Kernel, dtypes: list[DType]) -> bool:
@@ -85,18 +87,18 @@ def _fused(
     flash: bool,
 ) -> Tensor:
     if not flash:
-        if _is_long(query):
-            query, key, value = (_by_head(x) for x in (query, key, value))
+        if _are_read_often(query):
+            key, value = _by_head(key), _by_head(value)
         return fused_attention(query, key, value, bias, scale, causal)
     return ops.dot_product_attention(
         query, key, value, bias=bias, scale=scale, is_causal=causal, flash_attention=True
     )
 
 
-def _is_long(query: Tensor) -> bool:
-    """Whether so many queries read keys and values on a CPU that it pays to copy them by head.
+def _are_read_often(query: Tensor) -> bool:
+    """Whether so many queries read keys and values on a CPU that it pays to copy these by head.
 
-    PyTorch's traces have no numbers for sizes, or would keep those that they are compared with.
+    Never in a trace: in some, sizes are symbols, and others would hold for some sizes alone.
     """
     _, length, num_heads, size = query.shape
     if is_compiling() or not (is_known(length) and stacks.runs_on_cpu_eagerly(query)):

@@ -85,7 +85,7 @@ def add(
             delta=in_place.row_sum(dn * output),
         )
         dq = ops.zeros(ops.shape(q), tiles.dtype)
-        part = tiles.ways[residuals.ways[i]] if residuals.ways and i in residuals.ways else tiles
+        part = tiles.way_of(residuals, i)
         for start, stop, cut in tiles.band.ranges(i):
             if kernel.linear and not cut:
                 dq, sums = _add_linear(tiles, tile, keys, (start, stop), dq, sums)

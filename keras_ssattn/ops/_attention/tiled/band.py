@@ -114,7 +114,8 @@ class Band:
     def counts(self) -> Tensor | list[Tensor]:
         """How many keys each row of a tile of queries sees, at most, `[B|1, 1, rows, 1]` each.
 
-        A `mask` is left out, in which they would be counted for long; padding sees none.
+        Keys that `mask` hides are counted, too: to leave them out takes long. Rows of padding see
+        none.
         """
         seen = dataclasses.replace(self.visibility, mask=None)
         count = ops.swapaxes(seen.count, 1, 2)  # [B|1, T|1, 1]

@@ -3,8 +3,9 @@
 The logits are computed a tile at a time, here and again in the backward pass; `kernels.py` has the
 formulas. In both, one loop over the tiles of queries has another over the tiles of keys that they
 see. Tensors are stacks of tiles: queries `[n, B, K, R, D]`, n tiles of R rows; keys
-`[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Arithmetic is float32 or wider.
-Sums are augmented assignments, which PyTorch does in place.
+`[m, B, K, C, D]`, m tiles of C keys; values `[m, B, K, C, Dv]`. Inside the loops PyTorch has one
+axis in place of B and K (`in_place.fold`). Arithmetic is float32 or wider. Sums are augmented
+assignments, which PyTorch does in place.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum); Dao et al.,
 arXiv 2205.14135 (tiles, and a backward pass that computes them again); Katharopoulos et al.,
@@ -80,6 +81,14 @@ class Tiles:
         for tiles in ways:
             object.__setattr__(tiles, "pairs", self.pairs)
         return ways
+
+    def way_of(self, residuals: Residuals, i: Size) -> "Tiles":
+        """The way that served tile i of the queries.
+
+        Where numbers can no longer be read there are none left, and the kernel itself takes the
+        maxima that were kept, which are 0.
+        """
+        return self.ways[residuals.ways[i]] if self.ways and i in residuals.ways else self
 
     @property
     def dtype(self) -> DType:
@@ -167,21 +176,21 @@ def adder(tiles: Tiles) -> Callable[[Size, Rows], Rows]:
 
 
 def _quick_adder(tiles: Tiles, ways: dict[int, int]) -> Callable[[Size, Rows], Rows]:
-    """`adder`, by the first quick kernel that holds: failing twice, one is not tried again.
+    """`adder`, by the first quick kernel that holds: failing twice in a row, it is given up.
 
     `ways` gets the place of the kernel that served tile i.
     """
     add_last, adders = adder(tiles), [adder(x) for x in tiles.ways]
-    tries, counts = [2] * len(adders), tiles.band.counts
+    failures, counts = [0] * len(adders), tiles.band.counts
 
     def add(i: Size, rows: Rows) -> Rows:
         for way, kernel in enumerate(tiles.quick):
-            if tries[way] and kernel.may_hold(counts[i]):
+            if failures[way] < 2 and kernel.may_hold(counts[i]):
                 found = adders[way](i, tiles.start())
                 if kernel.holds(found.total, counts[i]):
-                    ways[i] = way
+                    ways[i], failures[way] = way, 0
                     return found
-                tries[way] -= 1
+                failures[way] += 1
         return add_last(i, rows)
 
     return add

@@ -41,7 +41,7 @@ def attention(
     if key_mask is not None and kernel.absent == 0:
         # a key of zeros has the logit 0, which such a kernel ignores
         key = ops.where(key_mask[:, :, None, None], key, ops.zeros_like(key))
-        if not stacks.can_be_read(query):  # where the mask is used for `Band.counts` alone
+        if not stacks.can_be_read(query):  # else `Band.counts` asks for it
             visibility = dataclasses.replace(visibility, key_mask=None)
     if query.shape[-1] == 1:  # XLA would round a product of one number twice, and never alike
         query, key = (ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in (query, key))

@@ -1,14 +1,18 @@
 """Rectified softpick in fewer passes over a tile, where PyTorch computes on a CPU.
 
-As long as no logit passes the headroom, m is 0: `Unshifted` is exact without the maximum of a row.
+As long as no logit passes the headroom, m is 0. `Unshifted` takes it for 0, without the maximum of
+a row, and is exact.
 
-An e^x - 1 that is exact near 0 takes several times as long as e^x there. As e^x less 1, d is off by
-2^-22 max(e^x, 1) at most: `Quick`. If Z is at least 1/8 for each of n keys, the output is off by
-18 x 2^-22 of the greatest value from that; measured, with logits up to 26, all errors together were
-those of dense attention in float32. That is of the values, not of the output, which is small where
-nearly all logits are negative. Weights of logits up to 0 are exactly 0, here too.
+An e^x - 1 that is exact near 0 takes several times as long as e^x there. `Quick` takes e^x less 1,
+by which d is off by 2^-22 max(e^x, 1) at most. If Z is at least 1/8 for each of n keys, the output
+is off by 18 x 2^-22 of the greatest value from that; measured, with logits from -26 to 26, its
+errors were no greater than those of dense attention in float32. Both are measured by the greatest
+entries. Relative to itself an entry may be off by more that is small beside these: the output where
+nearly all logits are negative, or the gradient of a value whose logits are all near 0. Weights of
+logits up to 0 are exactly 0, here too.
 
-A tile of rows is looked at once it is computed, and is computed again where this does not hold.
+A tile of rows is looked at once it is computed, and is computed again where it is not certain that
+this holds.
 """
 
 import dataclasses
@@ -19,8 +23,8 @@ from keras_ssattn._typing import Shape, Tensor
 from keras_ssattn.ops import in_place, stacks
 from keras_ssattn.ops.kernels import Kernel, RectifiedSoftpick
 
-LEAST, MOST = 2.0**-3, 2.0**43  # of Z: for each key, and in all (e^30, the headroom)
-FEW = 16  # keys, whose logits may all be near 0
+LEAST, MOST = 2.0**-3, 2.0**43  # of Z: for each key, and in all (2^43 is e^29.8)
+FEW = 16  # a row of fewer keys is not tried: their logits may all be near 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class Unshifted(RectifiedSoftpick):
         return True
 
     def holds(self, total: Tensor, counts: Tensor) -> bool:
-        """Whether no logit has passed the headroom, in rows of such sums over so many keys."""
+        """Whether these sums, over so many keys, show that no logit has passed the headroom."""
         return bool(total.amax() <= MOST)
 
     def sums(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
