@@ -96,7 +96,10 @@ def unstack(x: Tensor) -> Tensor | list[Tensor]:
 
 
 def matrices(x: Tensor) -> Tensor | list[Tensor]:
-    """Tiles of numbers to `read`, many times each: of half precision compilers widen one by one."""
+    """Tiles of numbers to `read`, many times each: of half precision compilers widen one by one.
+
+    PyTorch's have one axis in place of batch and heads, as `in_place.fold` makes it.
+    """
     if not runs_eagerly():
         return x
     x = widen(x)
