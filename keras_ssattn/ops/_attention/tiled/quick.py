@@ -7,9 +7,9 @@ An e^x - 1 that is exact near 0 takes several times as long as e^x there. `Quick
 by which d is off by 2^-22 max(e^x, 1) at most. If Z is at least 1/8 for each of n keys, the output
 is off by 18 x 2^-22 of the greatest value from that; measured, with logits from -26 to 26, it was
 off by up to 7 x 2^-22 in all, 0.8 to 1.2 times as much as dense attention in float32. All this is
-beside the greatest entries. Relative to itself an entry may be off by more that is small beside these: the output where
-nearly all logits are negative, or the gradient of a value whose logits are all near 0. Weights of
-logits up to 0 are exactly 0, here too.
+beside the greatest entries. Relative to itself an entry may be off by more that is small beside
+these: the output where nearly all logits are negative, or the gradient of a value whose logits are
+all near 0. Weights of logits up to 0 are exactly 0, here too.
 
 A tile of rows is looked at once it is computed, and is computed again where it is not certain that
 this holds.
